@@ -1,0 +1,1 @@
+"""The nouns: what stages exchange, and the interfaces that plug-ins implement. Imports without torch."""

@@ -1,0 +1,111 @@
+"""What stages hand to each other: files with hashes, and the facts the next stage needs."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from edgekd.core.errors import StaleArtifact
+
+Precision = Literal["fp32", "int8"]
+
+
+@dataclass(frozen=True)
+class File:
+    """A file that must not change: its hash is checked whenever it is read back."""
+
+    path: Path
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> File:
+        with path.open("rb") as stream:
+            return cls(path, hashlib.file_digest(stream, "sha256").hexdigest())
+
+    @classmethod
+    def checked(cls, path: Path, sha256: str) -> File:
+        """The file as recorded. Raises StaleArtifact if it is gone or its bytes changed."""
+        if not path.exists():
+            raise StaleArtifact(f"`{path}` is gone", hint=f"delete `{path.parent}` so that the step runs again")
+        found = cls.of(path)
+        if found.sha256 != sha256:
+            raise StaleArtifact(
+                f"`{path}` changed since it was recorded: sha256 {sha256[:10]} then, {found.sha256[:10]} now",
+                hint=f"delete `{path.parent}` so that the step runs again",
+            )
+        return found
+
+    @property
+    def bytes(self) -> int:
+        return self.path.stat().st_size
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        def read(value: Any, info: Any) -> File:
+            return value if isinstance(value, File) else cls.checked(info.context["home"] / value["name"], value["sha256"])
+
+        return core_schema.with_info_plain_validator_function(read)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name and shape of a model's input, batch dimension first (0 stands for a dynamic one)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One epoch of one phase, for the training curves."""
+
+    phase: str
+    epoch: int
+    losses: dict[str, float]  # mean over the epoch, training data
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PhaseRecord:
+    """One finished phase: what its script was told."""
+
+    name: str
+    epochs: int
+    losses: dict[str, float]  # on validation data
+    accuracy: float  # of the student, on validation data, 0 to 1
+    seconds: float
+    curve: tuple[EpochRecord, ...]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A trained network: its state dict, and how it came to be."""
+
+    file: File  # safetensors
+    name: str
+    method: str  # file name of the method that taught it
+    parameters: int
+    valid_accuracy: float  # 0 to 1
+    seconds: float
+    phases: tuple[PhaseRecord, ...] = ()
+    notes: dict[str, Any] | None = None  # what the method chose, for the report
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """An ONNX file that was read back and checked."""
+
+    file: File
+    name: str
+    input: TensorSpec
+    classes: int
+    precision: Precision
+    opset: int
+    ir: int
+    parameters: int
+    macs: int  # multiply-accumulates of convolutions and matrix products, one image

@@ -1,0 +1,50 @@
+"""The errors a user may meet: a sentence of fact, a hint with the fix, an exit code."""
+
+from __future__ import annotations
+
+
+class EdgekdError(Exception):
+    """An error that edgekd raises on purpose. `edgekd` exits with `exit_code`."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, hint: str = "") -> None:
+        self.what, self.hint = what, hint
+        super().__init__(f"{what}\n\nhint: {hint}" if hint else what)
+
+
+class ConfigError(EdgekdError, ValueError):
+    """What the user wrote (configuration, override, argument) is not valid.
+
+    A ValueError too, so that pydantic gathers it with the other mistakes of a configuration.
+    """
+
+    exit_code = 2
+
+
+class DataError(EdgekdError):
+    """The images or labels cannot be used as they are."""
+
+
+class CheckpointError(EdgekdError):
+    """A checkpoint does not fit its model, or cannot be read safely."""
+
+
+class TrainingError(EdgekdError):
+    """Training went wrong in a way that going on would hide (a loss that is not finite)."""
+
+
+class ParityError(EdgekdError):
+    """Two forms of one model disagree by more than the configuration allows."""
+
+
+class TargetUnavailable(EdgekdError):
+    """This machine cannot run on the target."""
+
+
+class StaleArtifact(EdgekdError):
+    """A file on disk is not the one that was recorded."""
+
+
+class Busy(EdgekdError):
+    """Another build is running in the same output folder."""

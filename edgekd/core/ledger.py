@@ -1,0 +1,153 @@
+"""The run directory: every step's inputs, settings and outputs, so that none runs twice."""
+
+from __future__ import annotations
+
+import ast
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from edgekd.core import plain, plugins
+from edgekd.core.errors import Busy
+
+log = logging.getLogger(__name__)
+A = TypeVar("A")
+P = ParamSpec("P")
+KEEP = ".work"  # below a step's partial directory: what lets an interrupted step go on; gone when it is done
+
+
+class Ledger:
+    """One directory per step, named by the step and a key of all that determines its output."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other builds out of this directory. Raises Busy if one is running. The lock dies with its process."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / "lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise Busy(
+                    f"`{self.root}` is in use by a running build (process {lock.read().strip() or 'unknown'})",
+                    hint="wait for it, or choose another folder with --out",
+                ) from None
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            yield
+
+    def step(
+        self, name: str, kind: type[A], make: Callable[Concatenate[Path, P], A], *args: P.args, **kwargs: P.kwargs
+    ) -> A:
+        """`make(out, *args, **kwargs)`, or what it made before from the same things.
+
+        `make` writes into `NAME.partial`, which is renamed when whole. If it was interrupted it finds what it
+        left there, and may go on from it.
+        """
+        facts = {"step": name, "args": plain.dump([args, kwargs]), "code": code(make.__module__, args, kwargs)}
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+        home = self.root / f"{name}-{key}"
+        if home.exists():
+            log.info("%s: unchanged", name)
+        else:
+            log.info("%s ...", name)
+            started = time.perf_counter()
+            work = self.root / f"{home.name}.partial"
+            work.mkdir(parents=True, exist_ok=True)
+            made = plain.dump(make(work, *args, **kwargs))
+            seconds = round(time.perf_counter() - started, 3)
+            shutil.rmtree(work / KEEP, ignore_errors=True)
+            entry = facts | {"output": made, "seconds": seconds, "machine": machine()}
+            (work / "step.json").write_text(json.dumps(entry, indent=2))
+            work.rename(home)  # atomic: a directory without `.partial` is always whole
+            log.info("%s: done in %.1f s", name, seconds)
+        return plain.load(kind, json.loads((home / "step.json").read_text())["output"], home)
+
+
+def machine() -> dict[str, str]:
+    return {"node": platform.machine(), "system": platform.platform(), "python": platform.python_version()}
+
+
+def code(module: str, *values: Any) -> dict[str, Any]:
+    """The edgekd modules that `module` and the plug-ins in `values` run through, and the packages that those import.
+
+    `core` is left out: it holds nouns, and an edit there must not train a teacher anew.
+    """
+    modules: set[str] = set()
+    packages: set[str] = set()
+    waiting = [module, *plugin_modules(values)]
+    while waiting:
+        name = waiting.pop()
+        if name in modules or name.startswith("edgekd.core"):
+            continue
+        modules.add(name)
+        for other in imports(name):
+            if other.startswith("edgekd"):
+                waiting.append(other)
+            else:
+                packages.add(other.partition(".")[0])
+    digest = hashlib.sha256("".join(sorted(source(m) for m in modules)).encode()).hexdigest()
+    return {"sha256": digest, "versions": versions(frozenset(packages))}
+
+
+def plugin_modules(value: Any) -> Iterator[str]:
+    """The modules of all plug-in objects inside of `value`."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from plugin_modules(item)
+    elif plugins.folder_of(type(value)):
+        yield type(value).__module__
+        yield from plugin_modules(list(vars(value).values()))
+
+
+@cache
+def source(module: str) -> str:
+    spec = find_spec(module)
+    return Path(spec.origin).read_text() if spec and spec.origin else ""
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    """What a module imports, wherever in the file it does."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source(module))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            below = [f"{node.module}.{a.name}" for a in node.names] if node.module.startswith("edgekd") else []
+            modules = [name for name in below if find_spec(name)] if len(node.module.split(".")) < 3 else []
+            found.update(modules or [node.module])
+        elif isinstance(node, ast.Import):
+            found.update(a.name for a in node.names)
+    return frozenset(found)
+
+
+@cache
+def versions(packages: frozenset[str]) -> dict[str, str]:
+    """The installed versions of top-level packages; the standard library is left out."""
+    distributions = packages_distributions()
+    found = {}
+    for package in sorted(packages - set(sys.stdlib_module_names)):
+        for name in distributions.get(package, [])[:1]:
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:  # a broken installation: the import of it will say so
+                continue
+    return found

@@ -1,0 +1,88 @@
+"""What a distillation method is: a script that yields the phases to train."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+from edgekd.core.settings import Plugin
+
+if TYPE_CHECKING:  # core never imports torch when it runs: `edgekd bench` works without it
+    from torch import Tensor, nn
+
+Losses: TypeAlias = "Mapping[str, Tensor]"  # the objective is their sum; weights are inside
+Students: TypeAlias = "Mapping[str, nn.Module]"  # name -> plain module, nothing of the method left in it
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One mini-batch, already on the training device."""
+
+    x: Tensor  # (N, C, H, W) float32
+    y: Tensor  # (N,) int64
+    index: Tensor  # (N,) position of each sample in its split, for memory banks
+    progress: float  # how much of the phase is over, 0 to 1, for warm-ups and fading weights
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training: minimise the sum of `loss` over everything in `trains`.
+
+    `loss` is also read on validation data, under no-grad and with `trains` in eval mode.
+    """
+
+    name: str
+    trains: tuple[nn.Module, ...]  # only these change; all else is frozen and in eval mode
+    loss: Callable[[Batch], Losses]
+    epochs: int
+    span: tuple[float, float] = (0.0, 1.0)  # the stretch of the learning-rate schedule that it runs through
+    decay: Mapping[nn.Module, float] = field(default_factory=dict)  # weight decay, where not the trainer's
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished phase tells the script, measured on validation data."""
+
+    losses: dict[str, float]  # mean of each named loss
+    accuracy: float  # of lesson.student, 0 to 1
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One student, its teachers, and the budget to teach it in."""
+
+    student: nn.Module
+    teachers: tuple[nn.Module, ...]
+    epochs: int  # a method may spend fewer, never more
+    classes: int
+    sample: Callable[[int], Iterator[Batch]]  # the first training batches, unaugmented, in a fixed order
+    note: Callable[[str, Any], None] = lambda key, value: None  # tell the report what was chosen; plain JSON
+
+
+Script: TypeAlias = "Generator[Phase, Outcome, Students]"
+
+
+@dataclass(frozen=True)
+class Method(Plugin, ABC):
+    """A distillation method. Fields are its settings; its state lives in `teach`."""
+
+    FOLDER: ClassVar[str] = "methods"
+
+    @abstractmethod
+    def teach(self, lesson: Lesson) -> Script:
+        """Yield each phase, be sent its outcome, return the students to deploy."""
+
+
+def play(script: Script, run: Callable[[Phase], Outcome]) -> Students:
+    """Run every phase of a script and hand back its students."""
+    step = partial(next, script)
+    while True:
+        try:
+            phase = step()
+        except StopIteration as end:
+            students: Students = end.value
+            return students
+        step = partial(script.send, run(phase))

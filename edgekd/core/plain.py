@@ -1,0 +1,88 @@
+"""Dataclasses to JSON and back, through pydantic: settings, artefacts and measurements alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from edgekd.core import plugins
+from edgekd.core.artifact import File
+from edgekd.core.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def dump(value: Any) -> Any:
+    """Plain JSON. A plug-in becomes {"use": its name, ...}; a file is its name and hash."""
+    if isinstance(value, File):
+        return {"name": value.path.name, "sha256": value.sha256}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: dump(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"use": plugins.name_of(value), **fields} if plugins.folder_of(type(value)) else fields
+    if isinstance(value, (list, tuple)):
+        return [dump(v) for v in value]
+    if isinstance(value, dict):
+        return {k: dump(v) for k, v in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def load(kind: type[T], data: Any, home: Path = Path()) -> T:
+    """The object that `data` describes; files are looked for in `home` and must match their hash.
+
+    Strict: no value is converted, no unknown key is let through. Raises ConfigError with every mistake at once.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(data), strict=True, context={"home": home})
+    except ValidationError as error:
+        raise mistakes(error, kind, data) from None
+
+
+def mistakes(error: Any, kind: type, data: Any) -> ConfigError:
+    """One ConfigError for all mistakes that pydantic found: a line each, with the full path of the key."""
+    lines, hints = [], []
+    for found in error.errors():
+        path = [part for part in found["loc"] if part != "function-plain"]
+        where = ".".join(str(part) for part in path) or "the configuration"
+        cause = found.get("ctx", {}).get("error")
+        if found["type"] == "unexpected_keyword_argument":
+            parent = ".".join(map(str, path[:-1])) or "the configuration"
+            wrong = plugins.unknown(f"{parent} has no `{path[-1]}`", str(path[-1]), fields_at(kind, data, path[:-1]))
+            lines.append(wrong.what)
+            hints.append(wrong.hint)
+        elif isinstance(cause, ConfigError):
+            lines.append(f"{where}: {cause.what}")
+            hints.append(cause.hint)
+        elif found["type"] in ("missing", "missing_argument"):
+            lines.append(f"{where} is missing")
+        elif found["type"] == "no_use":
+            lines.append(f"{where} {found['msg']}")
+        else:
+            lines.append(f"{where} is {json.dumps(found['input'], default=str)}: {found['msg']}")
+    return ConfigError("\n".join(lines), hint="; ".join(dict.fromkeys(h for h in hints if h)))
+
+
+def fields_at(kind: Any, data: Any, path: list[Any]) -> list[str]:
+    """The keys that are allowed at `path` of a `kind`."""
+    kind = concrete(kind, data)
+    for part in path:
+        hint = typing.get_type_hints(kind).get(part) if isinstance(part, str) else next(iter(typing.get_args(kind)), None)
+        data = data[part]
+        kind = concrete(hint, data)
+    if not dataclasses.is_dataclass(kind):
+        return []
+    return sorted([f.name for f in dataclasses.fields(kind)] + ["use"] * bool(plugins.folder_of(kind)))  # type: ignore[arg-type]
+
+
+def concrete(hint: Any, data: Any) -> Any:
+    """`hint` with `| None` taken off, and a plug-in interface replaced by the plug-in that `data` chooses."""
+    options = [a for a in typing.get_args(hint) if a is not type(None)]
+    if options and type(None) in typing.get_args(hint):
+        hint = options[0]
+    if isinstance(hint, type) and "FOLDER" in vars(hint) and isinstance(data, dict):
+        return plugins.load(hint.FOLDER, data["use"])  # type: ignore[attr-defined]
+    return hint

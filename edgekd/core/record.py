@@ -1,0 +1,37 @@
+"""One whole build, as the report tells it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from edgekd.core.artifact import OnnxModel, Weights
+from edgekd.core.trial import BenchResult
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    source: str  # "digits", "folder"
+    classes: tuple[str, ...]
+    shape: tuple[int, int, int]  # channels, height, width
+    train: int  # images, as all below
+    valid: int
+    test: int
+    student_train: int  # labelled images that the students learnt from
+    calibration: int
+
+
+@dataclass(frozen=True)
+class Record:
+    name: str
+    edgekd: str  # version
+    created: str  # UTC, ISO 8601
+    command: str  # how to make this again
+    config: dict[str, Any]
+    data: DataFacts
+    teacher: Weights
+    students: tuple[Weights, ...]  # the chosen method's first, then the baselines
+    models: tuple[OnnxModel, ...]
+    benches: tuple[BenchResult, ...]
+    versions: dict[str, str]  # of the packages in use
+    step_seconds: dict[str, float]

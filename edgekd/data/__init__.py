@@ -1,0 +1,1 @@
+"""Kinds of data set, one file each."""

@@ -1,0 +1,57 @@
+"""The 1,797 handwritten digits that scikit-learn bundles (UCI Optical Recognition of Handwritten Digits)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgekd.core.errors import ConfigError
+from edgekd.core.splits import stratified
+from edgekd.core.task import Arrays, Augment, Content, Source
+
+TEST, VALID = 450, 270  # about 25 % and 15 % of 1,797
+SPLIT_SEED = 0  # the splits are fixed: results on them can be compared
+
+
+@dataclass(frozen=True)
+class Digits(Source):
+    size: int = 16  # pixels; the originals have 8
+    crop: int = 1
+
+    def __post_init__(self) -> None:
+        if self.size < 8:
+            raise ConfigError(f"data.size is {self.size}", hint="use 8, the size of the originals, or more")
+
+    @property
+    def augment(self) -> Augment:
+        return Augment(self.crop, flip=False)
+
+    def fingerprint(self) -> str:
+        from importlib.metadata import version
+
+        return f"scikit-learn {version('scikit-learn')}"
+
+    def read(self) -> Content:
+        from PIL import Image
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        grey = np.round(bunch.images * (255 / 16)).astype(np.uint8)  # the originals count to 16
+        scaled = [
+            np.asarray(Image.fromarray(image).resize((self.size, self.size), Image.Resampling.BILINEAR))
+            for image in grey
+        ]
+        images, labels = np.stack(scaled)[..., None], bunch.target.astype(np.int64)
+        test, rest = stratified(labels, TEST, SPLIT_SEED)
+        held, kept = stratified(labels[rest], VALID, SPLIT_SEED + 1)
+        train, valid = rest[kept], rest[held]
+        return Content(
+            train=Arrays(images[train], labels[train]),
+            valid=Arrays(images[valid], labels[valid]),
+            test=Arrays(images[test], labels[test]),
+            classes=tuple(str(d) for d in range(10)),
+        )
+
+
+PLUGIN = Digits

@@ -1,0 +1,1 @@
+"""Torch tools that methods share: trainer, taps, layer survey, losses."""

@@ -1,0 +1,179 @@
+"""Run one phase. The only place that knows of devices, mixed precision, optimisers and schedules."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from edgekd.core.artifact import EpochRecord
+from edgekd.core.errors import ConfigError, TrainingError
+from edgekd.core.method import Batch, Lesson, Losses, Outcome, Phase
+from edgekd.core.progress import Advance
+from edgekd.core.settings import Settings
+from edgekd.learn.feed import Feed
+
+
+@dataclass(frozen=True)
+class TrainConfig(Settings):
+    """SGD with Nesterov momentum; linear warm-up, then a cosine to zero over the whole budget."""
+
+    batch: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.05  # share of the budget
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the processor has it
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "lr"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}", hint="use a number above 0")
+
+    def rate(self, done: float) -> float:
+        """The learning rate when `done` (0 to 1) of the budget is spent."""
+        if done < self.warmup:
+            return self.lr * done / self.warmup
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (done - self.warmup) / (1 - self.warmup)))
+
+
+def resolved(precision: str) -> str:
+    """What `auto` means on this machine."""
+    if precision != "auto":
+        return precision
+    fast = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return "bf16" if fast else "fp32"
+
+
+class Trainer:
+    def __init__(self, train: Feed, valid: Feed, config: TrainConfig, seed: int, device: torch.device) -> None:
+        self.train, self.valid, self.config, self.seed, self.device = train, valid, config, seed, device
+        self.precision = resolved(config.precision)
+
+    def run(
+        self, phase: Phase, lesson: Lesson, number: int, checkpoint: Path, advance: Advance
+    ) -> tuple[Outcome, tuple[EpochRecord, ...]]:
+        """Train phase `number` of a script; go on from `checkpoint` if an earlier run left one."""
+        freeze(lesson)
+        for module in phase.trains:
+            module.to(self.device, memory_format=torch.channels_last).requires_grad_(True)
+        optimiser = self.optimiser(phase)
+        curve = restore(checkpoint, phase, optimiser)
+        advance(len(curve))
+        for epoch in range(len(curve), phase.epochs):
+            started = time.perf_counter()
+            for module in phase.trains:
+                module.train()
+            losses = self.epoch(phase, epoch, optimiser, self.reseed(number, epoch))
+            curve.append(EpochRecord(phase.name, epoch, losses, round(time.perf_counter() - started, 3)))
+            save(checkpoint, phase, optimiser, curve)
+            advance(1, note=", ".join(f"{name} {value:.3f}" for name, value in losses.items()))
+        return self.outcome(phase, lesson), tuple(curve)
+
+    def reseed(self, number: int, epoch: int = -1) -> int:
+        """Make an epoch independent of what was drawn before it, so that a resumed run is the same run."""
+        seed = (self.seed * 1_000_003 + number) * 1_000_003 + epoch + 1
+        torch.manual_seed(seed % 2**63)
+        return seed
+
+    def optimiser(self, phase: Phase) -> torch.optim.Optimizer:
+        c = self.config
+        groups = [
+            {"params": list(m.parameters()), "weight_decay": phase.decay.get(m, c.weight_decay)} for m in phase.trains
+        ]
+        return torch.optim.SGD([g for g in groups if g["params"]], c.lr, c.momentum, nesterov=True)
+
+    def epoch(self, phase: Phase, epoch: int, optimiser: torch.optim.Optimizer, seed: int) -> dict[str, float]:
+        steps = self.train.steps(self.config.batch)
+        sums: defaultdict[str, float] = defaultdict(float)
+        start, end = phase.span
+        for step, (x, y, index) in enumerate(self.train.shuffled(self.config.batch, seed)):
+            progress = (epoch + step / steps) / phase.epochs
+            for group in optimiser.param_groups:
+                group["lr"] = self.config.rate(start + (end - start) * progress)
+            losses = self.losses(phase, Batch(x, y, index, progress))
+            total = torch.stack([value.float() for value in losses.values()]).sum()
+            if not math.isfinite(total.item()):
+                named = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
+                raise TrainingError(
+                    f"the loss is not finite in phase `{phase.name}`, epoch {epoch + 1}, step {step + 1} ({named})",
+                    hint="lower train.lr, or set train.precision to fp32; finished epochs are kept",
+                )
+            optimiser.zero_grad(set_to_none=True)
+            total.backward()
+            optimiser.step()
+            for name, value in losses.items():
+                sums[name] += value.item()
+        return {name: value / steps for name, value in sums.items()}
+
+    def losses(self, phase: Phase, batch: Batch) -> Losses:
+        with self.autocast():
+            return phase.loss(batch)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    @torch.no_grad()
+    def outcome(self, phase: Phase, lesson: Lesson) -> Outcome:
+        for module in phase.trains:
+            module.eval()
+        sums: defaultdict[str, float] = defaultdict(float)
+        for x, y, index in self.valid.ordered(self.config.batch):
+            for name, value in self.losses(phase, Batch(x, y, index, 1.0)).items():
+                sums[name] += value.item() * len(y) / len(self.valid)
+        return Outcome(dict(sums), self.accuracy(lesson.student))
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module) -> float:
+        """Share of validation images that `model` gets right."""
+        model.eval()
+        hits = 0
+        for x, y, _ in self.valid.ordered(self.config.batch):
+            with self.autocast():
+                hits += int((model(x).argmax(1) == y).sum())
+        return hits / len(self.valid)
+
+    def sample(self, count: int) -> Iterator[Batch]:
+        for _, (x, y, index) in zip(range(count), self.train.ordered(self.config.batch), strict=False):
+            yield Batch(x, y, index, 0.0)
+
+
+def freeze(lesson: Lesson) -> None:
+    """Nothing learns and no BatchNorm statistic moves, until a phase names it in `trains`."""
+    for model in (lesson.student, *lesson.teachers):
+        model.requires_grad_(False).eval()
+
+
+def save(path: Path, phase: Phase, optimiser: torch.optim.Optimizer, curve: list[EpochRecord]) -> None:
+    state = {
+        "modules": [m.state_dict() for m in phase.trains],
+        "optimiser": optimiser.state_dict(),
+        "curve": [asdict(record) for record in curve],
+    }
+    replace(path, state)
+
+
+def restore(path: Path, phase: Phase, optimiser: torch.optim.Optimizer) -> list[EpochRecord]:
+    """Put back what `save` wrote; the epochs that are done, none if there is no checkpoint."""
+    if not path.exists():
+        return []
+    state = torch.load(path, weights_only=True)
+    for module, tensors in zip(phase.trains, state["modules"], strict=True):
+        module.load_state_dict(tensors)
+    optimiser.load_state_dict(state["optimiser"])
+    return [EpochRecord(**record) for record in state["curve"]]
+
+
+def replace(path: Path, state: Any) -> None:
+    """Write `state` whole or not at all."""
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)

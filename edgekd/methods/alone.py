@@ -1,0 +1,23 @@
+"""alone: the student learns from labels only, without a teacher. The baseline of every report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
+from edgekd.learn.losses import cross_entropy
+
+
+@dataclass(frozen=True)
+class Alone(Method):
+    def teach(self, lesson: Lesson) -> Script:
+        student = lesson.student
+
+        def loss(batch: Batch) -> Losses:
+            return {"task": cross_entropy(student(batch.x), batch.y)}
+
+        yield Phase("alone", trains=(student,), loss=loss, epochs=lesson.epochs)
+        return {"student": student}
+
+
+PLUGIN = Alone

@@ -1,0 +1,1 @@
+"""Numbers derived from a trial, one pure function per file."""

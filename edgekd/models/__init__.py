@@ -1,0 +1,1 @@
+"""Student and teacher families, one file each."""

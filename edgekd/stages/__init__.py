@@ -1,0 +1,1 @@
+"""The verbs: each stage takes artefacts and returns artefacts."""
