@@ -68,7 +68,7 @@ class Split:
     def load(self) -> Arrays:
         import numpy as np
 
-        return Arrays(np.load(self.images.path, mmap_mode="r"), np.load(self.labels.path))
+        return Arrays(np.load(self.images.path), np.load(self.labels.path))
 
 
 @dataclass(frozen=True)
