@@ -34,6 +34,14 @@ class TrainingError(EdgekdError):
     """Training went wrong in a way that going on would hide (a loss that is not finite)."""
 
 
+class ModelError(EdgekdError):
+    """An ONNX file cannot be read, or is not of the kind that is needed."""
+
+
+class ExportError(EdgekdError):
+    """A network did not become the ONNX file that was asked for."""
+
+
 class ParityError(EdgekdError):
     """Two forms of one model disagree by more than the configuration allows."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -20,8 +21,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from edgekd.core import plain, plugins
+from edgekd.core import plain
 from edgekd.core.errors import Busy
+from edgekd.core.settings import Plugin
 
 log = logging.getLogger(__name__)
 A = TypeVar("A")
@@ -92,7 +94,7 @@ def code(module: str, *values: Any) -> dict[str, Any]:
     """
     modules: set[str] = set()
     packages: set[str] = set()
-    waiting = [module, *plugin_modules(values)]
+    waiting = [module, *(type(p).__module__ for p in plugins_in(values))]
     while waiting:
         name = waiting.pop()
         if name in modules or name.startswith("edgekd.core"):
@@ -104,19 +106,21 @@ def code(module: str, *values: Any) -> dict[str, Any]:
             else:
                 packages.add(other.partition(".")[0])
     digest = hashlib.sha256("".join(sorted(source(m) for m in modules)).encode()).hexdigest()
-    return {"sha256": digest, "versions": versions(frozenset(packages))}
+    outside = [f for f in (p.fingerprint() for p in plugins_in(values)) if f]
+    return {"sha256": digest, "versions": versions(frozenset(packages)), "outside": outside}
 
 
-def plugin_modules(value: Any) -> Iterator[str]:
-    """The modules of all plug-in objects inside of `value`."""
+def plugins_in(value: Any) -> Iterator[Plugin]:
+    """All plug-in objects inside of `value`, wherever a dataclass or a container holds them."""
+    if isinstance(value, Plugin):
+        yield value
     if isinstance(value, dict):
         value = list(value.values())
+    elif dataclasses.is_dataclass(value):
+        value = [getattr(value, f.name) for f in dataclasses.fields(value)]
     if isinstance(value, (list, tuple)):
         for item in value:
-            yield from plugin_modules(item)
-    elif plugins.folder_of(type(value)):
-        yield type(value).__module__
-        yield from plugin_modules(list(vars(value).values()))
+            yield from plugins_in(item)
 
 
 @cache

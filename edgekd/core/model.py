@@ -21,7 +21,3 @@ class Model(Plugin, ABC):
     @abstractmethod
     def build(self, classes: int, channels: int) -> nn.Module:
         """A network with random weights: (N, channels, H, W) float32 to (N, classes) logits."""
-
-    def fingerprint(self) -> str:
-        """Stands for code outside of edgekd that decides what `build` returns."""
-        return ""

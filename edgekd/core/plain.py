@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,15 +30,17 @@ def dump(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def load(kind: type[T], data: Any, home: Path = Path()) -> T:
+def load(kind: type[T], data: Any, home: Path = Path(), find: Callable[[Path, str], File] = File.checked) -> T:
     """The object that `data` describes; files are looked for in `home` and must match their hash.
+
+    `find(path, sha256)` gives another kind of file, for a record that outlives its files.
 
     Strict: no value is converted, no unknown key is let through. Raises ConfigError with every mistake at once.
     """
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(data), strict=True, context={"home": home})
+        return TypeAdapter(kind).validate_json(json.dumps(data), strict=True, context={"home": home, "find": find})
     except ValidationError as error:
         raise mistakes(error, kind, data) from None
 

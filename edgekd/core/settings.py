@@ -19,6 +19,10 @@ class Plugin(Settings):
 
     FOLDER: ClassVar[str]
 
+    def fingerprint(self) -> str:
+        """Stands for what is outside of edgekd and decides what the plug-in does: images, foreign code."""
+        return ""
+
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
         if "FOLDER" not in vars(cls):

@@ -52,12 +52,11 @@ class Source(Plugin, ABC):
     def augment(self) -> Augment: ...
 
     @abstractmethod
-    def fingerprint(self) -> str:
-        """Changes whenever `read` would return something else. Cheap: reads no image."""
+    def read(self, limit: int | None) -> Content:
+        """The images, decoded; at most `limit` of each class in each of training and test data.
 
-    @abstractmethod
-    def read(self) -> Content:
-        """All images, decoded. Validation is cut from training data, never from test data."""
+        Validation is cut from training data, never from test data.
+        """
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ class Metric(Protocol):
     unit: str
     better: Literal["higher", "lower"]
     needs: int  # timed calls below which the number would mean nothing
+    reads: tuple[str, ...]  # the fields of a trial that it needs; it is left out where one of them is empty
 
     def __call__(self, trial: Trial) -> float: ...
 

@@ -32,7 +32,7 @@ class Digits(Source):
 
         return f"scikit-learn {version('scikit-learn')}"
 
-    def read(self) -> Content:
+    def read(self, limit: int | None) -> Content:
         from PIL import Image
         from sklearn.datasets import load_digits
 
@@ -46,12 +46,18 @@ class Digits(Source):
         test, rest = stratified(labels, TEST, SPLIT_SEED)
         held, kept = stratified(labels[rest], VALID, SPLIT_SEED + 1)
         train, valid = rest[kept], rest[held]
+        chosen = [first(limit, labels, part) for part in (train, valid, test)]
         return Content(
-            train=Arrays(images[train], labels[train]),
-            valid=Arrays(images[valid], labels[valid]),
-            test=Arrays(images[test], labels[test]),
+            *(Arrays(images[part], labels[part]) for part in chosen),
             classes=tuple(str(d) for d in range(10)),
         )
+
+
+def first(limit: int | None, labels: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """The first `limit` members of each class among the indices `part`."""
+    if limit is None:
+        return part
+    return np.sort(np.concatenate([part[labels[part] == label][:limit] for label in np.unique(labels)]))
 
 
 PLUGIN = Digits

@@ -45,9 +45,9 @@ class Folder(Source):
                 total.update(f"{path.relative_to(self.root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         return total.hexdigest()
 
-    def read(self) -> Content:
+    def read(self, limit: int | None) -> Content:
         classes = self.classes()
-        trained, tested = self.decode("train", classes), self.decode("test", classes)
+        trained, tested = self.decode("train", classes, limit), self.decode("test", classes, limit)
         held, kept = stratified(trained.labels, round(self.valid * len(trained.labels)), self.seed)
         return Content(
             train=Arrays(trained.images[kept], trained.labels[kept]),
@@ -84,19 +84,19 @@ class Folder(Source):
             raise DataError(f"`{home}` has no class folders", hint="put the images of each class in a folder of its own")
         return names
 
-    def files(self, part: str) -> list[Path]:
-        """Every image of a part, in a fixed order."""
+    def files(self, part: str, limit: int | None = None) -> list[Path]:
+        """The images of a part, in a fixed order; at most `limit` of each class."""
         found = []
         for name in self.class_folders(part):
             home = Path(self.root) / part / name
             images = sorted(p for p in home.iterdir() if p.suffix.lower() in SUFFIXES)
             if not images:
                 raise DataError(f"class folder `{home}` holds no image", hint="remove it, or put images there")
-            found += images
+            found += images[:limit]
         return found
 
-    def decode(self, part: str, classes: tuple[str, ...]) -> Arrays:
-        paths = self.files(part)
+    def decode(self, part: str, classes: tuple[str, ...], limit: int | None) -> Arrays:
+        paths = self.files(part, limit)
         number = {name: i for i, name in enumerate(classes)}
         labels = np.array([number[p.parent.name] for p in paths], np.int64)
         failed: list[str] = []

@@ -78,15 +78,19 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, x: Tensor) -> list[tuple[Layer, Tensor]]:
-    """Every layer that runs once and gives a map (N, C, H, W) of more than one pixel, in order of execution."""
-    seen: list[tuple[str, Tensor, bool]] = []
+def outputs(model: nn.Module, x: Tensor) -> list[tuple[Layer, tuple[int, int]]]:
+    """Every layer that runs once and gives a map (N, C, H, W) of more than one pixel, in order of execution.
+
+    With each goes what identifies its output: two names of one tensor have the same.
+    """
+    seen: list[tuple[str, Tensor, int, bool]] = []
     mode = ReceptiveFields(x)
 
     def watch(name: str) -> Any:
         def see(_module: nn.Module, _args: Any, made: Any) -> None:
             if isinstance(made, Tensor) and made.ndim == 4 and min(made.shape[2:]) > 1:
-                seen.append((name, made, bool((made < 0).any())))  # read at once: an activation in place may follow
+                # read at once: an activation in place may follow
+                seen.append((name, made, made._version, bool((made < 0).any())))
 
         return see
 
@@ -97,10 +101,10 @@ def outputs(model: nn.Module, x: Tensor) -> list[tuple[Layer, Tensor]]:
     finally:
         for handle in hooks:
             handle.remove()
-    calls = Counter(name for name, _, _ in seen)
+    calls = Counter(name for name, *_ in seen)
     return [
-        (Layer(name, t.shape[1], (t.shape[2], t.shape[3]), mode.fields[id(t)][0], signed), t)
-        for name, t, signed in seen
+        (Layer(name, t.shape[1], (t.shape[2], t.shape[3]), mode.fields[id(t)][0], signed), (id(t), version))
+        for name, t, version, signed in seen
         if calls[name] == 1 and id(t) in mode.fields
     ]
 
@@ -128,12 +132,12 @@ def layers(model: nn.Module, x: Tensor) -> list[Layer]:
     return [([m for m in members if m.signed] or members)[-1] for members in (list(g) for _, g in groups)]
 
 
-def unique(found: list[tuple[Layer, Tensor]]) -> list[Layer]:
+def unique(found: list[tuple[Layer, tuple[int, int]]]) -> list[Layer]:
     """Without the second name of one tensor: a block and its last layer return the same; the shorter path stays."""
-    shortest: dict[int, str] = {}
+    shortest: dict[tuple[int, int], str] = {}
     for layer, tensor in found:
-        shortest[id(tensor)] = min(shortest.get(id(tensor), layer.path), layer.path, key=len)
-    return [layer for layer, tensor in found if shortest[id(tensor)] == layer.path]
+        shortest[tensor] = min(shortest.get(tensor, layer.path), layer.path, key=len)
+    return [layer for layer, tensor in found if shortest[tensor] == layer.path]
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -75,7 +75,7 @@ class Trainer:
             losses = self.epoch(phase, epoch, optimiser, self.reseed(number, epoch))
             curve.append(EpochRecord(phase.name, epoch, losses, round(time.perf_counter() - started, 3)))
             save(checkpoint, phase, optimiser, curve)
-            advance(1, note=", ".join(f"{name} {value:.3f}" for name, value in losses.items()))
+            advance(1, note=f"{phase.name}, loss {sum(losses.values()):.3f}")
         return self.outcome(phase, lesson), tuple(curve)
 
     def reseed(self, number: int, epoch: int = -1) -> int:
@@ -174,6 +174,8 @@ def restore(path: Path, phase: Phase, optimiser: torch.optim.Optimizer) -> list[
 
 def replace(path: Path, state: Any) -> None:
     """Write `state` whole or not at all."""
+    buffer = io.BytesIO()  # torch's own file writer hides a full disk behind a RuntimeError
+    torch.save(state, buffer)
     partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    partial.write_bytes(buffer.getbuffer())
+    partial.replace(path)

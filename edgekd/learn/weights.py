@@ -16,9 +16,9 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")  # keys
 
 
 def save(network: nn.Module, path: Path) -> None:
-    from safetensors.torch import save_file
+    from safetensors import torch as safetensors
 
-    save_file({k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}, path)
+    path.write_bytes(safetensors.save({k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}))
 
 
 def load(network: nn.Module, path: Path, trust: bool = False) -> None:

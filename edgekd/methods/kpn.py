@@ -27,6 +27,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -64,7 +65,9 @@ class KPN(Method):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}", hint="use a share between 0 and 1")
         if self.search > self.stage1:
-            raise ConfigError(f"search ({self.search}) is longer than stage1 ({self.stage1})", hint="search within stage 1")
+            raise ConfigError(f"search ({self.search}) is longer than stage1 ({self.stage1})", hint="search within it")
+        if self.candidates < 1:
+            raise ConfigError(f"candidates is {self.candidates}", hint="use 1 or more; 1 searches nothing")
 
     def teach(self, lesson: Lesson) -> Script:
         first = next(lesson.sample(1)).x[:2]
@@ -72,21 +75,18 @@ class KPN(Method):
         pupils = [Pupil(route, lesson, first, self) for route in chosen]
         history: dict[str, list[float]] = {p.name: [] for p in pupils}
         dropped: dict[str, int] = {}
-        spent, end = 0, round(self.stage1 * lesson.epochs)
-        period = max(1, round(self.search * lesson.epochs / max(1, len(pupils) - 1)))
-        while len(pupils) > 1 and spent + period <= end:
-            outcome = yield self.first_stage(f"search{len(dropped) + 1}", lesson, pupils, spent, period)
+        search, end = self.boundaries(lesson.epochs, len(pupils))
+        spent = 0
+        periods = [len(p) for p in np.array_split(np.arange(search), min(search, len(pupils) - 1))] if search else []
+        for number, period in enumerate(periods, 1):
+            outcome = yield self.first_stage(f"search{number}", lesson, pupils, spent, period)
             spent += period
+            ranked = sorted(pupils, key=lambda p: p.joint(outcome.losses))
             for pupil in pupils:
                 history[pupil.name].append(round(pupil.joint(outcome.losses), 4))
-            worst = max(pupils, key=lambda p: p.joint(outcome.losses))
-            pupils.remove(worst)
-            dropped[worst.name] = len(dropped) + 1
-        if len(pupils) > 1:
-            raise ConfigError(
-                f"{lesson.epochs} epochs are too few to choose among {len(chosen)} routes",
-                hint="give more epochs, fewer `candidates`, or name one route",
-            )
+            left = round((len(chosen) - 1) * (1 - spent / search)) + 1
+            pupils = [p for p in pupils if p in ranked[:left]]
+            dropped |= {p.name: number for p in ranked[left:]}
         (winner,) = pupils
         lesson.note("routes", [told(r, history[r.name], dropped.get(r.name)) for r in chosen])
         lesson.note("chosen", {"teacher": winner.route.teacher.path, "student": winner.route.student.path})
@@ -96,6 +96,17 @@ class KPN(Method):
         winner.student = lesson.student
         yield self.second_stage(lesson, winner, end)
         return {"student": lesson.student}
+
+    def boundaries(self, epochs: int, routes: int) -> tuple[int, int]:
+        """The epochs at which the search and stage 1 end."""
+        search = max(1, round(self.search * epochs)) if routes > 1 else 0
+        end = max(search, round(self.stage1 * epochs))
+        if end >= epochs:
+            raise ConfigError(
+                f"{epochs} epochs leave none for the joint stage (search {search}, stage 1 until {end})",
+                hint="give more epochs, or less stage1",
+            )
+        return search, end
 
     def candidate_routes(self, lesson: Lesson, x: Tensor) -> list[Candidate]:
         """Routes between layers of equal size whose receptive fields agree; like places of their stages first."""

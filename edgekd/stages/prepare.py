@@ -11,9 +11,9 @@ from edgekd.core.errors import DataError
 from edgekd.core.task import SPLITS, Arrays, Source, Split, Task
 
 
-def prepare(out: Path, source: Source, fingerprint: str) -> Task:
-    """Write the splits of `source` as .npy files. `fingerprint` makes the ledger see changed images."""
-    content = source.read()
+def prepare(out: Path, source: Source, limit: int | None) -> Task:
+    """Write the splits of `source` as .npy files; at most `limit` images of each class."""
+    content = source.read(limit)
     splits = {}
     for name in SPLITS:
         arrays: Arrays = getattr(content, name)

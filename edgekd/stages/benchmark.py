@@ -1,0 +1,288 @@
+"""Stage: run every contestant in its target's runtime, for its answers and its latency. Works without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekd.core import plugins
+from edgekd.core.artifact import File
+from edgekd.core.errors import ConfigError, DataError, EdgekdError, StaleArtifact
+from edgekd.core.progress import bar
+from edgekd.core.settings import Settings
+from edgekd.core.target import Target
+from edgekd.core.trial import BenchResult, Contestant, Machine, Measurement, Metric, Runtime, Trial
+from edgekd.stages import statistics
+
+WARMUP_CALLS = 50
+SCOPE = "one image per call, from Python, with the runtime's own copies; no pre- or post-processing"
+METRICS = ("top1", "agreement", "min_ms", "p50_ms", "p90_ms", "p99_ms", "mean_ms")
+
+
+@dataclass(frozen=True)
+class BenchConfig(Settings):
+    """How much is timed, and what is read from it."""
+
+    blocks: int = 30  # rounds; in each, every contestant has one block
+    calls: int = 35  # timed calls of a block
+    warmup_s: float = 2.0  # at least, for each contestant
+    seed: int = 0  # of the order within rounds, and of the intervals
+    metrics: tuple[str, ...] = METRICS
+
+    def __post_init__(self) -> None:
+        if self.blocks < 3:
+            raise ConfigError(f"bench.blocks is {self.blocks}", hint="use 3 or more: intervals come from whole blocks")
+        if self.calls < 1:
+            raise ConfigError(f"bench.calls is {self.calls}", hint="use 1 or more; 35 is usual")
+        if self.warmup_s < 0:
+            raise ConfigError(f"bench.warmup_s is {self.warmup_s}", hint="use 0 or more seconds; 2 is usual")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"bench.seed is {self.seed}", hint="use a number from 0 to 4294967295")
+        total = self.blocks * self.calls
+        for name in self.metrics:
+            needs = plugins.load("metrics", name).needs
+            if total < needs:
+                raise ConfigError(
+                    f"`{name}` needs {needs} timed calls; bench.blocks x bench.calls is {total}",
+                    hint=f"set bench.blocks to {-(-needs // self.calls)}, or take `{name}` out of bench.metrics",
+                )
+
+
+def answer(out: Path, model: File, target: Target, inputs: File) -> File:
+    """The logits of `model` in the target's runtime: .npy, (images, classes) float32.
+
+    `inputs` is .npy, (N, C, H, W) float32. Raises EdgekdError with what the runner says if the file does not run.
+    """
+    return answers(out, {model.path.name: model}, target, inputs)[0]
+
+
+def answers(out: Path, models: dict[str, File], target: Target, inputs: File) -> list[File]:
+    """`answer` for several models, in one process; messages call them by their keys."""
+    total = len(np.load(inputs.path, mmap_mode="r")) * len(models)
+    run("answer", out, job(models, target, inputs), f"answers on {target.runtime}", total)
+    return [File.of(out / f"logits-{index}.npy") for index in range(len(models))]
+
+
+def benchmark(
+    out: Path,
+    contestants: tuple[Contestant, ...],
+    target_name: str,
+    target: Target,
+    inputs: File,
+    labels: File | None,
+    reference: str,
+    config: BenchConfig,
+) -> BenchResult:
+    """Compare the contestants on one target; the baseline is the first teacher, or else the first of them.
+
+    `inputs` is .npy, (N, C, H, W) float32, of test data; `labels` is .npy, (N,) int64. Without labels only the latency
+    is taken. `reference` names the float file that agreement is measured against. Files of the contestants are
+    linked into `out`, so that the result stands beside what it was measured on.
+    """
+    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+    protocol = {"batch": 1, "scope": SCOPE, "blocks": config.blocks, "calls": config.calls, "seed": config.seed}
+    reason = target.missing()
+    if reason:
+        return BenchResult(target_name, reason, None, None, protocol, None, (), (), None, started, 0.0)
+    check(contestants, inputs, labels, reference)
+    models = {c.name: c.file for c in contestants}
+    logits = [np.zeros((0, 0), np.float32)] * len(contestants)
+    if labels is not None:
+        logits = [np.load(file.path) for file in answers(out / "answers", models, target, inputs)]
+    base = next((i for i, c in enumerate(contestants) if c.role == "teacher"), 0)
+    timed = models | {f"{contestants[base].name} again": contestants[base].file}
+    result = run("bench", out, job(timed, target, inputs, config), f"bench on {target_name}", config.blocks)
+    for file, ran in zip(timed.values(), result["models"], strict=True):
+        if ran["sha256"] != file.sha256:
+            raise StaleArtifact(f"`{file.path}` changed while it was measured", hint="run the benchmark again")
+    samples = File.of(out / "samples.npz")
+    ns = nanoseconds(samples, len(timed), config.blocks)
+    aa = statistics.ratio(ns[base], ns[-1], config.seed)
+    seen = trials(contestants, ns, logits, labels, reference)
+    measurements = []
+    for index, contestant in enumerate(contestants):
+        speedup = None if index == base else statistics.ratio(ns[base], ns[index], config.seed)
+        verdict = statistics.verdict(speedup, aa) if speedup else ""
+        kept = replace(contestant, file=linked(out, index, contestant))
+        measurements.append(Measurement(kept, readings(seen[index], config.metrics), speedup, verdict))
+    return BenchResult(
+        target=target_name,
+        not_measured="",
+        machine=machine(result["machine"]),
+        runtime=Runtime(**{key: result["runtime"][key] for key in ("name", "version", "threads", "precision")}),
+        protocol=protocol | read_back(result),
+        aa=aa,
+        warnings=statistics.doubts(aa, dict(zip(timed, ns, strict=True)), result),
+        measurements=tuple(measurements),
+        samples=samples,
+        started=started,
+        seconds=round(time.perf_counter() - clock, 3),
+    )
+
+
+def check(contestants: tuple[Contestant, ...], inputs: File, labels: File | None, reference: str) -> None:
+    names = [c.name for c in contestants]
+    if not names:
+        raise ConfigError("there is nothing to measure", hint="give at least one model")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"contestants share a name: {', '.join(names)}", hint="give each its own")
+    if labels is None:
+        return
+    if reference not in names:
+        raise plugins.unknown(f"the reference `{reference}` is not a contestant", reference, names)
+    images, answers = len(np.load(inputs.path, mmap_mode="r")), len(np.load(labels.path))
+    if images != answers:
+        raise DataError(f"there are {images} inputs and {answers} labels", hint="give one label for each input")
+
+
+def linked(out: Path, index: int, contestant: Contestant) -> File:
+    """The contestant's file under a name of its own in `out`; a copy where the disk cannot link."""
+    plain_name = re.sub(r"[^a-z0-9.]+", "-", contestant.name.lower()).strip("-")
+    path = out / f"{index}-{plain_name}{contestant.file.path.suffix}"
+    path.unlink(missing_ok=True)
+    try:
+        os.link(contestant.file.path, path)
+    except OSError:
+        shutil.copyfile(contestant.file.path, path)
+    return File.checked(path, contestant.file.sha256)
+
+
+def trials(
+    contestants: tuple[Contestant, ...],
+    ns: list[np.ndarray],
+    logits: list[np.ndarray],
+    labels: File | None,
+    reference: str,
+) -> list[Trial]:
+    """What was seen of each contestant; empty arrays stand for what was not."""
+    truth = np.zeros(0, np.int64) if labels is None else np.load(labels.path)
+    seen = []
+    for index, contestant in enumerate(contestants):
+        twin = original(contestant, contestants, reference)
+        compared = np.zeros((0, 0), np.float32) if twin is None else logits[twin]
+        block = np.repeat(np.arange(len(ns[index])), ns[index].shape[1])
+        seen.append(Trial(ns[index].ravel(), block, logits[index], compared, truth))
+    return seen
+
+
+def original(contestant: Contestant, contestants: tuple[Contestant, ...], reference: str) -> int | None:
+    """The float file that an INT8 one came from: of its role and method, or else `reference`.
+
+    None for float files, for which agreement says nothing, and where several could be meant.
+    """
+    if contestant.precision != "int8":
+        return None
+    kin = (contestant.role, contestant.method, "fp32")
+    found = [i for i, c in enumerate(contestants) if (c.role, c.method, c.precision) == kin]
+    found = found or [i for i, c in enumerate(contestants) if c.name == reference]
+    return found[0] if len(found) == 1 else None
+
+
+def nanoseconds(samples: File, models: int, blocks: int) -> list[np.ndarray]:
+    """(blocks, calls) of each model."""
+    with np.load(samples.path) as stored:
+        ns, model = stored["ns"], stored["model"]
+    return [ns[model == index].reshape(blocks, -1) for index in range(models)]
+
+
+def machine(facts: dict[str, Any]) -> Machine:
+    kept = {key: facts[key] for key in ("processor", "cores", "memory_gib", "system", "python")}
+    return Machine(flags=tuple(facts["flags"]), **kept)
+
+
+def read_back(result: dict[str, Any]) -> dict[str, Any]:
+    """What the runner says of the run beyond what was asked for."""
+    return {
+        "warmup_s": result["protocol"]["warmup_s"],
+        "warmup_calls": result["protocol"]["warmup_calls"],
+        "percentiles": "nearest rank",
+        "intervals": f"95 %, bootstrap of paired blocks, {statistics.RESAMPLES} resamples",
+        "runtime": {key: result["runtime"][key] for key in ("providers", "graph_optimisation", "spinning")},
+        "conditions": result["conditions"] | {k: result["machine"][k] for k in ("affinity", "cpu_quota", "governor")},
+        "cold_start_ms": {m["name"]: {"load": m["load_ms"], "first": m["first_ms"]} for m in result["models"]},
+    }
+
+
+def readings(trial: Trial, names: tuple[str, ...]) -> dict[str, float]:
+    """What the metrics say; one whose part of the trial is empty says nothing."""
+    metrics: dict[str, Metric] = {name: plugins.load("metrics", name)() for name in names}
+    return {
+        name: metric(trial)
+        for name, metric in metrics.items()
+        if all(getattr(trial, part).size for part in metric.reads)
+    }
+
+
+def noise(out: Path, shape: tuple[int, ...], seed: int, count: int = 64) -> File:
+    """Random inputs of a model, where only its latency is wanted: .npy, (count, *shape) float32."""
+    np.save(out / "noise.npy", np.random.default_rng(seed).standard_normal((count, *shape), np.float32))
+    return File.of(out / "noise.npy")
+
+
+def job(models: dict[str, File], target: Target, inputs: File, config: BenchConfig | None = None) -> dict[str, Any]:
+    """What the runner is asked to do; with a protocol when calls are to be timed."""
+    asked: dict[str, Any] = {
+        "runtime": target.runtime,
+        "threads": target.threads,
+        "models": [{"name": name, "path": str(file.path.resolve())} for name, file in models.items()],
+        "inputs": str(inputs.path.resolve()),
+    }
+    if config:
+        numbers = {key: getattr(config, key) for key in ("blocks", "calls", "warmup_s", "seed")}
+        asked["protocol"] = numbers | {"warmup_calls": WARMUP_CALLS, "spinning": True}
+    return asked
+
+
+def run(command: str, out: Path, asked: dict[str, Any], label: str, total: int) -> dict[str, Any]:
+    """Start the runner as a child process, show how far it is, return its result. Ctrl-C ends it too."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "job.json").write_text(json.dumps(asked, indent=2))
+    words = [sys.executable, str(runner_path()), command, "--job", str(out / "job.json"), "--out", str(out)]
+    done, told = 0, {}
+    with (
+        tempfile.TemporaryFile("w+") as complaints,
+        bar(label, total) as advance,
+        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=complaints, text=True) as child,
+    ):
+        try:
+            for line in child.stdout or ():
+                if line.startswith("{"):  # a runtime may print too
+                    told = json.loads(line)
+                    advance(told.get("progress", done) - done, note=told.get("note", ""))
+                    done = told.get("progress", done)
+        except BaseException:
+            child.kill()
+            raise
+        code = child.wait()
+        complaints.seek(0)
+        last = complaints.read().strip().splitlines()[-5:]
+    if "error" in told:
+        raise (ConfigError if code == 2 else EdgekdError)(told["error"], hint=told["hint"])
+    if code:
+        end = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+        raise EdgekdError(f"the runner {end}", hint="its last words: " + ("\n".join(last) or "none"))
+    result: dict[str, Any] = json.loads((out / "result.json").read_text())
+    return result
+
+
+def runner_path() -> Path:
+    """The runner: inside of the package once installed, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    places = (package / "runner" / "edgekd_runner.py", package.parent / "deploy" / "runner" / "edgekd_runner.py")
+    for place in places:
+        if place.is_file():
+            return place
+    raise EdgekdError(f"the runner is not at `{places[0]}`", hint="install edgekd again: the installation is not whole")

@@ -1,0 +1,207 @@
+"""Export: a torch network becomes two ONNX files that provably answer alike, batch 1 and dynamic batch."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgekd.core import onnx_facts, onnx_files
+from edgekd.core.errors import ConfigError, ExportError, ParityError
+from edgekd.core.onnx_facts import Exported, OnnxFacts
+from edgekd.core.settings import Settings
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+    from torch import nn
+
+INPUT, OUTPUT = "image", "logits"
+LOWEST_OPSET = 18  # torch's exporter writes no less, and keeps 18 with a mere warning when asked to
+HIGHEST_IR = 10  # what onnxruntime 1.18 to 1.20 still load
+
+
+@dataclass(frozen=True)
+class ExportConfig(Settings):
+    opset: int = 20  # of ai.onnx
+    tolerance: float = 1e-4  # largest difference to torch, as a share of the largest absolute logit
+    images: int = 64  # how many real ones are compared
+
+    def __post_init__(self) -> None:
+        if self.opset < LOWEST_OPSET:
+            raise ConfigError(
+                f"export.opset is {self.opset}, but torch's exporter writes {LOWEST_OPSET} or more",
+                hint=f"use {LOWEST_OPSET} or more; 20 is what TensorRT 10 and onnxruntime 1.18 read",
+            )
+        if not 0 < self.tolerance < 1:
+            raise ConfigError(f"export.tolerance is {self.tolerance}", hint="use a share between 0 and 1, such as 1e-4")
+        if self.images < 1:
+            raise ConfigError(f"export.images is {self.images}", hint="compare 1 image or more; 64 take no second")
+
+
+def export(
+    out: Path,
+    name: str,
+    network: nn.Module,
+    images: np.ndarray,
+    classes: int,
+    config: ExportConfig,
+    metadata: Mapping[str, str] | None = None,
+) -> Exported:
+    """Write `NAME.onnx` (batch 1) and `NAME-dynamic.onnx` into `out`; `network` stays as it is.
+
+    `images` are real network inputs, (N, C, H, W) float32. `metadata` (mean, std, class names ...) goes into the files.
+    Raises ExportError if the network cannot be exported as asked, ParityError if a file answers otherwise than torch.
+    """
+    import torch
+
+    images = images[: config.images]
+    plain = deepcopy(network).to("cpu", torch.float32).eval()
+    plain = plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    with torch.no_grad():
+        logits = plain(torch.from_numpy(images))
+    if not isinstance(logits, torch.Tensor) or logits.shape != (len(images), classes):
+        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+        raise ExportError(
+            f"`{type(network).__name__}` answers {len(images)} images with {got}, not with {(len(images), classes)}",
+            hint="forward() must return the logits alone, one row per image and one column per class",
+        )
+    want = logits.numpy()
+    single, dynamic = out / f"{name}.onnx", out / f"{name}-dynamic.onnx"
+    model = translate(plain, images, config.opset)
+    onnx_files.write(model, dynamic, metadata or {})
+    onnx_files.write(with_batch_of_one(model), single, metadata or {})
+    for path, batch in ((single, 1), (dynamic, 0)):
+        check_form(onnx_facts.check(path), path, (batch, *images.shape[1:]), (batch, classes), config.opset)
+        check_folded(path)
+        compare(path, images, want, config.tolerance)
+    return Exported(onnx_facts.described(single, name), onnx_facts.described(dynamic, f"{name}-dynamic"))
+
+
+def translate(network: nn.Module, images: np.ndarray, opset: int) -> onnx.ModelProto:
+    """The network with a dynamic batch, as torch's exporter wrote it. Raises ExportError with the exporter's cause."""
+    import torch
+
+    first = torch.from_numpy(images[:1])
+    probe = torch.cat([first, first])  # two: a batch of one would be taken for a constant
+    try:
+        with hushed():
+            program = torch.onnx.export(
+                network,
+                (probe,),
+                dynamo=True,
+                verbose=False,
+                opset_version=opset,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+            )
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        root: BaseException = error
+        while root.__cause__:
+            root = root.__cause__
+        cause = next(iter(str(root).strip().splitlines()), "") or type(root).__name__
+        raise ExportError(
+            f"torch cannot export `{type(network).__name__}` to ONNX: {cause}",
+            hint="forward() must take one image batch and have no branch that depends on the values of tensors",
+        ) from error
+    if program is None:  # only older exporters
+        raise ExportError("torch's exporter returned nothing", hint="install torch 2.6 or newer")
+    return program.model_proto
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """No warnings, no log lines from the exporter; what matters of them is checked on the file."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def with_batch_of_one(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph and tensor names for a single image, with everything folded that thereby became constant."""
+    import onnx
+    import onnxscript.optimizer
+
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    for value in (*fixed.graph.input, *fixed.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    del fixed.graph.value_info[:]
+    fixed = onnx.shape_inference.infer_shapes(fixed, strict_mode=True, data_prop=True)
+    with hushed():
+        return onnxscript.optimizer.optimize(fixed)
+
+
+def check_form(found: OnnxFacts, path: Path, entering: tuple[int, ...], leaving: tuple[int, ...], opset: int) -> None:
+    """Raises ExportError unless the file is what was asked for."""
+    output = found.outputs[0]
+    wishes = (
+        ("opset", found.opset, opset),
+        ("operator sets", found.domains, ("",)),
+        ("input", (found.input.name, found.input.shape, found.input.dtype), (INPUT, entering, "float32")),
+        ("outputs", (len(found.outputs), output.name, output.shape, output.dtype), (1, OUTPUT, leaving, "float32")),
+    )
+    for what, got, asked in wishes:
+        if got != asked:
+            raise ExportError(
+                f"`{path.name}` has {what} {got}, not {asked}",
+                hint="torch's exporter could not do as asked; try another `export.opset`",
+            )
+    if found.ir > HIGHEST_IR:
+        raise ExportError(
+            f"`{path.name}` has IR version {found.ir}, but runtimes on boards read up to {HIGHEST_IR}",
+            hint="lower `export.opset`",
+        )
+
+
+def check_folded(path: Path) -> None:
+    """Raises ExportError if a BatchNormalization remains that a convolution could have taken up.
+
+    One that follows something else (as in pre-activation networks) has nothing to fold into, and stays.
+    """
+    model = onnx_facts.load(path)
+    uses = [name for node in model.graph.node for name in node.input]
+    convolved = {n.output[0] for n in model.graph.node if n.op_type == "Conv" and uses.count(n.output[0]) == 1}
+    for node in model.graph.node:
+        if node.op_type == "BatchNormalization" and node.input[0] in convolved:
+            raise ExportError(
+                f"`{path.name}` still has the BatchNormalization `{node.name}` behind a convolution",
+                hint="train with BatchNorm statistics on (track_running_stats=True), so that it can be folded",
+            )
+
+
+def compare(path: Path, images: np.ndarray, want: np.ndarray, tolerance: float) -> float:
+    """The largest difference to torch's logits `want`, as a share of the largest absolute one.
+
+    Both with onnxruntime's graph optimisation and without: the two disagree where constant folding goes wrong.
+    Raises ParityError above `tolerance`; below, the top class is the same wherever it leads by twice as much.
+    """
+    import numpy as np
+
+    worst = 0.0
+    for optimised in (True, False):
+        got = onnx_facts.answers(path, images, optimised)
+        gap = float(np.abs(got - want).max() / max(float(np.abs(want).max()), 1e-12))
+        changed = int((got.argmax(1) != want.argmax(1)).sum())
+        if not gap <= tolerance:  # also true of nan
+            raise ParityError(
+                f"`{path.name}` and torch differ by {gap:.1e} of the largest logit (allowed: {tolerance:.0e}), "
+                f"and in the top class of {changed} of {len(images)} images, "
+                f"with onnxruntime's optimisation {'on' if optimised else 'off'}",
+                hint="look for operators that behave otherwise in ONNX (resize, pooling with ceil_mode), "
+                "or raise `export.tolerance`",
+            )
+        worst = max(worst, gap)
+    return worst

@@ -1,0 +1,283 @@
+"""Stage 7: tell a build's record as one HTML page, as a Markdown comment, and as JSON to make both from again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekd.core import plain
+from edgekd.core.artifact import File, Weights
+from edgekd.core.errors import ConfigError
+from edgekd.core.record import Record
+from edgekd.core.trial import BenchResult, Measurement
+from edgekd.stages import plots, words
+
+SCHEMA = 1  # of report.json; raise it when an old file can no longer be read
+PERCENT = {"top1": ("top-1", "%"), "agreement": ("agreement", "% with its FP32 form")}
+BEST: dict[str, Callable[..., float]] = {"top1": max, "size": min, "p50_ms": min, "p90_ms": min, "p99_ms": min}
+
+
+@dataclass(frozen=True)
+class Remembered(File):
+    """A file as report.json remembers it: the file itself may be gone."""
+
+    size: int | None  # bytes
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What the first screen is about: the INT8 student on the first target that was measured."""
+
+    bench: BenchResult
+    ship: Measurement
+    student: Measurement | None  # the same student in FP32
+    teacher: Measurement | None
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One student network beside the chosen one: what its method was worth."""
+
+    weights: Weights
+    fp32: Measurement | None
+    int8: Measurement | None
+    behind: float | None  # points of FP32 test accuracy that the chosen student is ahead
+
+
+def report(record: Record, out: Path) -> Path:
+    """Write report.html, report.md and report.json into `out`, each whole or not at all; give back the HTML's path.
+
+    Raw samples are copied beside them, so that the folder can be sent, and its plots drawn again from report.json.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    record = dataclasses.replace(record, benches=tuple(keep_samples(bench, out) for bench in record.benches))
+    files = [{"name": f.path.name, "sha256": f.sha256, "bytes": size(f), "what": what} for f, what in all_files(record)]
+    data = {"schema": SCHEMA, **plain.dump(record), "files": files}
+    write(out / "report.json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    write(out / "report.md", render("report.md.j2", record, files))
+    write(out / "report.html", render("report.html.j2", record, files))
+    return out / "report.html"
+
+
+def read(path: Path) -> Record:
+    """The record that a report.json holds. Files keep their recorded hash and size; they need not exist any more.
+
+    Raises ConfigError if it cannot be read.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"`{path}` cannot be read: {error}", hint="name a report.json that edgekd wrote") from None
+    schema = data.pop("schema", None) if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        hint = "make the report again with this edgekd, or read it with the one that wrote it"
+        raise ConfigError(f"`{path}` has schema {schema}; this edgekd reads {SCHEMA}", hint=hint)
+    sizes = {f["sha256"]: f["bytes"] for f in data.pop("files")}
+    return plain.load(Record, data, path.parent, lambda place, sha256: Remembered(place, sha256, sizes.get(sha256)))
+
+
+def keep_samples(bench: BenchResult, out: Path) -> BenchResult:
+    """The bench with its samples in `out`, if they are still where they were recorded."""
+    if bench.samples is None or not bench.samples.path.exists():
+        return bench
+    place = out / f"samples-{bench.samples.sha256[:12]}.npz"
+    if place != bench.samples.path:
+        shutil.copyfile(bench.samples.path, place.with_suffix(".partial"))
+        place.with_suffix(".partial").replace(place)
+    return dataclasses.replace(bench, samples=dataclasses.replace(bench.samples, path=place))
+
+
+def write(path: Path, text: str) -> None:
+    partial_path = path.with_name(f"{path.name}.partial")
+    partial_path.write_text(text, encoding="utf-8")
+    partial_path.replace(path)
+
+
+def size(file: File) -> int | None:
+    """Bytes, or None if the file is gone and nobody wrote its size down."""
+    if isinstance(file, Remembered):
+        return file.size
+    return file.bytes if file.path.exists() else None
+
+
+def all_files(record: Record) -> list[tuple[File, str]]:
+    """Every file of a record with what it is, each once."""
+    found = [(record.teacher.file, "weights of the teacher")]
+    found += [(w.file, f"weights of {w.name}, taught by {w.method}") for w in record.students]
+    found += [(m.file, f"ONNX model {m.name}, {m.precision.upper()}") for m in record.models]
+    for bench in record.benches:
+        found += [(m.contestant.file, f"ONNX model {m.contestant.name}") for m in bench.measurements]
+        if bench.samples:
+            found.append((bench.samples, f"raw latency samples on {bench.target}"))
+    unique = {file.sha256: (file, what) for file, what in reversed(found)}
+    return [unique[sha256] for sha256 in dict.fromkeys(file.sha256 for file, _ in found)]
+
+
+def render(template: str, record: Record, files: list[dict[str, Any]]) -> str:
+    """One of the templates beside this module, filled in. Whatever a value holds, it is escaped for its format."""
+    import jinja2
+
+    page = template.endswith(".html.j2")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=page,
+        finalize=None if page else words.markdown,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    percent = partial(words.percent, images=record.data.test)
+    shown = (words.figures, words.count, words.file_size, words.ratio, words.interval, words.near_one, words.duration)
+    shown += (words.setting, words.when, words.yaml)
+    environment.filters |= {show.__name__: show for show in shown}
+    environment.filters |= {"percent": percent, "points": partial(words.points, images=record.data.test)}
+    environment.globals |= {"size": size, "table": partial(table, percent=percent), "where": where}
+    environment.globals |= {"draw": draw, "curve": curve, "difference": difference}
+    head = headline(record)
+    return environment.get_template(template).render(r=record, head=head, lessons=lessons(record, head), files=files)
+
+
+def headline(record: Record) -> Headline | None:
+    """None if no INT8 student was measured anywhere."""
+    for bench in record.benches:
+        for m in bench.measurements:
+            if m.contestant.role == "student" and m.contestant.precision == "int8":
+                return Headline(
+                    bench,
+                    ship=m,
+                    student=twin(m, bench),
+                    teacher=next((t for t in bench.measurements if t.contestant.role == "teacher"), None),
+                )
+    return None
+
+
+def twin(int8: Measurement, bench: BenchResult) -> Measurement | None:
+    """The FP32 form of an INT8 student. Of several by one method, the one with the most similar name."""
+    same = [
+        m
+        for m in bench.measurements
+        if (m.contestant.precision, m.contestant.role, m.contestant.method)
+        == ("fp32", int8.contestant.role, int8.contestant.method)
+    ]
+    return max(same, key=lambda m: likeness(m.contestant.name, int8.contestant.name), default=None)
+
+
+def likeness(a: str, b: str) -> int:
+    return len(os.path.commonprefix([a, b]))
+
+
+def lessons(record: Record, head: Headline | None) -> list[Lesson]:
+    """All students, the chosen one first, with their test accuracy on the headline's target."""
+    measured = head.bench.measurements if head else ()
+    found: list[Lesson] = []
+    for w in record.students:
+        own = [m for m in measured if m.contestant.role != "teacher" and m.contestant.method == w.method]
+        own.sort(key=lambda m: -likeness(m.contestant.name, w.name))
+        fp32, int8 = (next((m for m in own if m.contestant.precision == p), None) for p in ("fp32", "int8"))
+        first = found[0].fp32 if found else None
+        ahead = difference(first, fp32, "top1")
+        found.append(Lesson(w, fp32, int8, ahead))
+    return found
+
+
+def difference(a: Measurement | None, b: Measurement | None, name: str) -> float | None:
+    """By how much `a` reads higher than `b`; None unless both were read."""
+    if a is None or b is None or name not in a.readings or name not in b.readings:
+        return None
+    return a.readings[name] - b.readings[name]
+
+
+def table(bench: BenchResult, percent: Callable[[float], str]) -> tuple[list[tuple[str, str]], list[list[Cell]]]:
+    """Heads (name, unit) and a row of cells for each measurement; all readings of all metrics are in it."""
+    names = list(dict.fromkeys(name for m in bench.measurements for name in m.readings))
+    accuracy = [name for name in PERCENT if name in names]
+    others = [name for name in names if name not in PERCENT]
+    heads: list[tuple[str, str]] = [("model", ""), ("taught by", ""), ("precision", "")]
+    columns: list[list[Cell]] = [
+        [Cell(m.contestant.name) for m in bench.measurements],
+        [Cell(m.contestant.method or "–") for m in bench.measurements],
+        [Cell(m.contestant.precision.upper()) for m in bench.measurements],
+    ]
+
+    def add(key: str, head: str, unit: str, values: list[Any], show: Callable[[Any], str]) -> None:
+        known = [v for v in values if v is not None]
+        best = BEST[key](known) if key in BEST and len(known) > 1 else None
+        heads.append((head, unit))
+        columns.append([Cell("–") if v is None else Cell(show(v), v == best) for v in values])
+
+    def readings(name: str) -> list[float | None]:
+        return [m.readings.get(name) for m in bench.measurements]
+
+    for name in accuracy:
+        add(name, *PERCENT[name], readings(name), lambda v: percent(v).removesuffix(" %"))
+    add("size", "file", "", [size(m.contestant.file) for m in bench.measurements], words.file_size)
+    add("parameters", "parameters", "", [m.contestant.parameters for m in bench.measurements], words.count)
+    add("macs", "MACs", "per image", [m.contestant.macs for m in bench.measurements], words.count)
+    for name in others:
+        timed = name.endswith("_ms")
+        head = name.removesuffix("_ms").replace("_", " ")
+        add(name, head, "ms" if timed else "", readings(name), words.figures if timed else words.setting)
+    add("speedup", "speed-up", "teacher = 1, 95 % interval", [m.speedup for m in bench.measurements], words.interval)
+    add("verdict", "verdict", "", [m.verdict or None for m in bench.measurements], str)
+    return heads, [list(row) for row in zip(*columns, strict=True)]
+
+
+def where(bench: BenchResult) -> str:
+    """The machine, for the caption of a table: processor, runtime, threads, date."""
+    parts = []
+    if bench.machine:
+        parts.append(bench.machine.processor)
+    if bench.runtime:
+        threads = "1 thread" if bench.runtime.threads == 1 else f"{bench.runtime.threads} threads"
+        parts += [f"{bench.runtime.name} {bench.runtime.version}", threads]
+    return " · ".join([*parts, words.when(bench.started)])
+
+
+def draw(bench: BenchResult) -> Iterator[tuple[str, str]]:
+    """A bench's plots: SVG, and what the reader should know. The SVG is empty where there is nothing to draw from."""
+    import markupsafe
+
+    known = [m for m in bench.measurements if "top1" in m.readings and "p50_ms" in m.readings]
+    if known:
+        svg = plots.accuracy_against_latency(f"Accuracy against latency on {bench.target}", known)
+        yield (
+            markupsafe.Markup(svg),
+            "Square: teacher; circle: student; triangle: baseline. Filled: INT8; hollow: FP32.",
+        )
+    if bench.samples is None or not bench.samples.path.exists():
+        yield "", "The raw latency samples are not here, so their distribution is not drawn."
+        return
+    file = File.checked(bench.samples.path, bench.samples.sha256)
+    with np.load(file.path) as raw:
+        names = [str(name) for name in raw["names"]]
+        ms = [raw["ns"][raw["model"] == index] / 1e6 for index in range(len(names))]
+    svg = plots.latency_distributions(f"Latency of every call on {bench.target}", names, ms)
+    calls = " to ".join(f"{n:,}" for n in sorted({min(map(len, ms)), max(map(len, ms))}))
+    yield (
+        markupsafe.Markup(svg),
+        f"{calls} timed calls per model. Tick: one call; box: the middle half; bar: the median.",
+    )
+
+
+def curve(weights: Weights) -> str:
+    import markupsafe
+
+    if not any(phase.curve for phase in weights.phases):
+        return ""
+    return markupsafe.Markup(plots.training_curve(f"Training loss of {weights.name}, {weights.method}", weights))

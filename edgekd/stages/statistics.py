@@ -1,0 +1,93 @@
+"""What raw samples say: ratios with intervals, the verdict in words, and what a sceptic should know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from edgekd.core.trial import Interval
+from edgekd.metrics._percentile import nearest_rank
+
+RESAMPLES = 2000
+AA_TOLERANCE = 0.01  # by how much an A/A interval may miss 1
+DRIFT_TOLERANCE = 0.03  # between the medians of the first and the last third
+OTHERS_PERCENT = 25.0  # of all processor time, spent by other processes
+STEAL_PERCENT = 1.0
+LOAD_PER_CORE = 0.5
+
+
+def ratio(base: np.ndarray, other: np.ndarray, seed: int) -> Interval:
+    """How many times faster `other` is: the median of `base` over its own, with a 95 % interval.
+
+    Both are (blocks, calls) nanoseconds. Blocks are resampled, not calls, for calls next to each other are alike;
+    the same blocks for both, for block b of both was measured within one round. A percentile bootstrap (Efron).
+    """
+    picks = np.random.default_rng(seed).integers(len(base), size=(RESAMPLES, len(base)))
+    ratios = np.array([median(base[blocks]) / median(other[blocks]) for blocks in picks])
+    mid = median(base) / median(other)
+    return Interval(min(nearest_rank(ratios, 2.5), mid), mid, max(nearest_rank(ratios, 97.5), mid))
+
+
+def median(values: np.ndarray) -> float:
+    return nearest_rank(values.ravel(), 50)
+
+
+def verdict(speedup: Interval, aa: Interval) -> str:
+    """A difference counts when its interval lies beyond all that two sessions of the same file showed."""
+    band = max(aa.high, 1 / aa.low)
+    if speedup.low > band:
+        return times("faster", speedup)
+    if speedup.high < 1 / band:
+        return times("slower", Interval(1 / speedup.high, 1 / speedup.mid, 1 / speedup.low))
+    if moved(aa):
+        return f"too noisy to say: A/A moved {100 * abs(aa.mid - 1):.0f} %"
+    return "no measurable difference"
+
+
+def times(way: str, by: Interval) -> str:
+    digits = 1 if by.mid >= 2 else 2
+    return f"{by.mid:.{digits}f} times {way} ({by.low:.{digits}f}-{by.high:.{digits}f})"
+
+
+def moved(aa: Interval) -> bool:
+    """Whether two sessions of the same file seem to differ: then the machine was not steady."""
+    return aa.low > 1 + AA_TOLERANCE or aa.high < 1 - AA_TOLERANCE
+
+
+def drift(ns: np.ndarray) -> float:
+    """By what share the median moved from the first third of (blocks, calls) nanoseconds to the last."""
+    third = len(ns) // 3
+    return median(ns[-third:]) / median(ns[:third]) - 1
+
+
+def doubts(aa: Interval, samples: dict[str, np.ndarray], result: dict[str, Any]) -> tuple[str, ...]:
+    """What in the samples (name -> (blocks, calls) nanoseconds) and the runner's result speaks against the numbers."""
+    found = contention(result["conditions"], result["machine"]["cores"])
+    if moved(aa):
+        found.append(
+            f"A/A: two sessions of the same file differ by {100 * abs(aa.mid - 1):.1f} % ({aa.low:.3f}-{aa.high:.3f})"
+        )
+    for name, ns in samples.items():
+        if abs(drift(ns)) > DRIFT_TOLERANCE:
+            found.append(f"drift: the median of {name} moved by {100 * drift(ns):+.1f} % from first to last third")
+    unsteady = [model["name"] for model in result["models"] if not model["warmup"]["steady"]]
+    if unsteady:
+        found.append(f"warm-up: {', '.join(unsteady)} had not become steady when timing began")
+    return tuple(found)
+
+
+def contention(conditions: dict[str, Any], cores: int) -> list[str]:
+    """Who else used the processor. Load averages still hold the build's own training: they only stand in."""
+    found = []
+    others, load = conditions["others_percent"], conditions["load_before"]
+    if others is not None and others > OTHERS_PERCENT:
+        found.append(f"contended: other processes used {others:.0f} % of the processor time")
+    if others is None and load is not None and load[0] / cores > LOAD_PER_CORE:
+        found.append(f"contended: the load was {load[0] / cores:.1f} per core at the start")
+    steal = conditions["steal_percent"]
+    if steal is not None and steal > STEAL_PERCENT:
+        found.append(f"steal: the hypervisor took {steal:.0f} % of the processor time")
+    if conditions["throttled"]:
+        found.append(f"throttled: the processor slowed itself {conditions['throttled']} times")
+    return found

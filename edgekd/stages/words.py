@@ -1,0 +1,95 @@
+"""How the report writes values: few significant digits, with units; and text that Markdown shows but does not obey."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from edgekd.core.trial import Interval
+
+
+def figures(value: float) -> str:
+    """Three significant digits, in full: 0.213, 12.3, 1,230."""
+    digits = 0 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{digits}f}"
+
+
+def count(value: float) -> str:
+    """12.5 M, 84.2 k, 640."""
+    for limit, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= limit:
+            return figures(value / limit) + letter
+    return f"{value:,}"
+
+
+def file_size(value: int | None) -> str:
+    if value is None:
+        return "size unknown"
+    return f"{count(value)}B" if value >= 1000 else f"{value} B"
+
+
+def decimals(images: int) -> int:
+    """Of a percentage of so many images: one image must show, much less than one must not."""
+    return 2 if images >= 2000 else 1
+
+
+def percent(value: float, images: int) -> str:
+    return f"{value:.{decimals(images)}f} %"
+
+
+def points(value: float, images: int) -> str:
+    """A difference of percentages, with its sign."""
+    text = f"{abs(value):.{decimals(images)}f}"
+    sign = "±" if float(text) == 0 else "+" if value > 0 else "−"
+    return sign + text
+
+
+def ratio(value: float) -> str:
+    return f"{figures(value)}×"
+
+
+def interval(value: Interval) -> str:
+    """4.13× (4.02–4.24): the estimate and its 95 % interval."""
+    return f"{ratio(value.mid)} ({figures(value.low)}–{figures(value.high)})"
+
+
+def near_one(value: Interval) -> str:
+    """1.0004 (0.9981–1.0023): a ratio whose distance from 1 is what matters."""
+    return f"{value.mid:.4f} ({value.low:.4f}–{value.high:.4f})"
+
+
+def duration(seconds: float) -> str:
+    """3.2 s, 12 min 5 s, 2 h 4 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def when(moment: str) -> str:
+    """2026-11-20 10:15 UTC, of ISO 8601 in UTC."""
+    return f"{moment[:16].replace('T', ' ')} UTC"
+
+
+def setting(value: Any) -> str:
+    """A recorded value of any kind."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(setting, value))
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
+
+
+def markdown(value: Any) -> str:
+    """`value` with everything replaced that would make a table cell, tag, link, mention or emphasis of it."""
+    text = " ".join(str(value).split())
+    return "".join(f"&#{ord(c)};" if c in "&<>|`*_[]@#~\\" else c for c in text)
+
+
+def yaml(value: Any) -> str:
+    from yaml import safe_dump
+
+    return str(safe_dump(value, sort_keys=False, allow_unicode=True, width=100))

@@ -1,0 +1,405 @@
+"""The benchmark stage and its numbers: hand-worked statistics, and whole comparisons of tiny models."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from edgekd.core import plain, plugins
+from edgekd.core.artifact import File
+from edgekd.core.errors import ConfigError, DataError, EdgekdError
+from edgekd.core.trial import BenchResult, Contestant, Interval, Trial
+from edgekd.metrics._percentile import nearest_rank
+from edgekd.stages import benchmark as stage
+from edgekd.stages import statistics
+from edgekd.stages.benchmark import BenchConfig, answer, benchmark, noise
+from edgekd.targets.cpu import Cpu
+
+SHAPE = (3, 8, 8)
+QUICK = BenchConfig(blocks=4, calls=5, warmup_s=0.05, metrics=("top1", "agreement", "min_ms", "p50_ms"))
+
+
+def classifier(path: Path, width: int, seed: int = 0, batch: int | str = 1) -> File:
+    """Two matrix products over a flattened image; `width` decides how long they take."""
+    random = np.random.default_rng(seed)
+    pixels = int(np.prod(SHAPE))
+    weights = {"a": random.standard_normal((pixels, width)), "b": random.standard_normal((width, 10))}
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "a"], ["hidden"]),
+        helper.make_node("Relu", ["hidden"], ["active"]),
+        helper.make_node("MatMul", ["active", "b"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "classifier",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, *SHAPE])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, 10])],
+        [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()],
+    )
+    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+    return File.of(path)
+
+
+def contestant(name: str, file: File, **changes: object) -> Contestant:
+    return replace(Contestant(name, "student", "kd", "fp32", file, macs=1, parameters=1), **changes)  # type: ignore[arg-type]
+
+
+def stored(path: Path, array: np.ndarray) -> File:
+    np.save(path, array)
+    return File.of(path)
+
+
+@pytest.fixture(scope="module")
+def exam(tmp_path_factory: pytest.TempPathFactory) -> tuple[File, File]:
+    home = tmp_path_factory.mktemp("exam")
+    random = np.random.default_rng(1)
+    images = random.standard_normal((40, *SHAPE)).astype(np.float32)
+    return stored(home / "inputs.npy", images), stored(home / "labels.npy", random.integers(10, size=40))
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory, exam: tuple[File, File]) -> tuple[BenchResult, Path]:
+    """A slow student against a small teacher: the planted difference is about a hundredfold."""
+    home = tmp_path_factory.mktemp("bench")
+    small, large = classifier(home / "model.onnx", 16), classifier(home / "large.onnx", 4096, seed=2)
+    contestants = (
+        contestant("student fp32", large),
+        contestant("teacher fp32", small, role="teacher", method=""),
+        contestant("student int8", large, precision="int8"),
+    )
+    out = home / "out"
+    return benchmark(out, contestants, "cpu", Cpu(), *exam, "student fp32", QUICK), out
+
+
+# --- percentiles and metrics ---
+
+
+@pytest.mark.parametrize(("percent", "expected"), [(50, 5.0), (90, 9.0), (91, 10.0), (99, 10.0), (1, 1.0), (0, 1.0)])
+def test_a_percentile_is_the_nearest_rank_and_never_interpolated(percent: float, expected: float) -> None:
+    values = np.array([10, 3, 7, 1, 9, 2, 8, 4, 6, 5])
+    assert nearest_rank(values, percent) == expected
+
+
+def test_metrics_read_what_they_say() -> None:
+    logits = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    trial = Trial(
+        ns=np.arange(1, 1001) * 1_000_000,
+        block=np.zeros(1000),
+        logits=logits,
+        reference=logits[::-1],
+        labels=np.array([0, 1, 0, 0]),
+    )
+    expected = {"min_ms": 1, "p50_ms": 500, "p90_ms": 900, "p99_ms": 990, "mean_ms": 500.5, "top1": 75, "agreement": 0}
+    assert stage.readings(trial, tuple(expected)) == expected
+
+
+def test_every_metric_is_listed_under_its_own_name_and_says_what_it_needs() -> None:
+    for name in plugins.names("metrics"):
+        metric = plugins.load("metrics", name)()
+        assert plugins.summary("metrics", name).startswith(f"{name}: ")
+        assert metric.unit and metric.better in ("higher", "lower") and metric.needs >= 0
+        assert set(metric.reads) <= set(Trial.__annotations__)
+
+
+def test_a_metric_without_its_part_of_the_trial_is_left_out() -> None:
+    none = np.zeros((0, 0))
+    trial = Trial(np.array([2_000_000]), np.zeros(1), none, none, np.zeros(0))
+    assert stage.readings(trial, ("top1", "agreement", "min_ms")) == {"min_ms": 2.0}
+
+
+# --- settings ---
+
+
+def test_refuses_a_percentile_from_too_few_calls() -> None:
+    with pytest.raises(
+        ConfigError, match=r"`p99_ms` needs 662 timed calls; bench.blocks x bench.calls is 80"
+    ) as caught:
+        BenchConfig(blocks=8, calls=10)
+    assert "set bench.blocks to 67" in caught.value.hint
+    assert BenchConfig(blocks=8, calls=10, metrics=("p90_ms",)).blocks == 8
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"blocks": 2}, {"calls": 0}, {"warmup_s": -1.0}, {"seed": -1}, {"metrics": ("p98",)}]
+)
+def test_refuses_settings_that_make_no_sense(wrong: dict[str, object]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        BenchConfig(**wrong)  # type: ignore[arg-type]
+    assert caught.value.hint
+
+
+def test_the_defaults_suffice_for_all_metrics_and_are_read_from_a_configuration() -> None:
+    assert plain.load(BenchConfig, plain.dump(BenchConfig())) == BenchConfig()
+    assert set(BenchConfig().metrics) == set(plugins.names("metrics"))
+
+
+# --- ratios and verdicts ---
+
+
+def test_the_ratio_of_steady_samples_is_exact() -> None:
+    base, other = np.full((5, 3), 800), np.full((5, 3), 200)
+    assert statistics.ratio(base, other, seed=0) == Interval(4.0, 4.0, 4.0)
+
+
+def test_what_moves_both_models_of_a_round_alike_does_not_widen_their_ratio() -> None:
+    speed = np.linspace(1, 3, 20)[:, None] * np.ones((1, 10))  # the machine slows down threefold
+    interval = statistics.ratio(1000 * speed, 500 * speed, seed=0)
+    assert interval == Interval(2.0, 2.0, 2.0)
+
+
+def test_three_blocks_give_the_interval_that_can_be_worked_out_by_hand() -> None:
+    # three blocks of one call; resampled medians of `base` are 100, 200 or 300, those of `other` always 100:
+    # the median is 100 when at least two of three picks are block 0: 7 cases of 27, so far more than 2.5 %
+    base, other = np.array([[100], [200], [300]]), np.array([[100], [100], [100]])
+    assert statistics.ratio(base, other, seed=0) == Interval(1.0, 2.0, 3.0)
+
+
+def test_the_same_seed_gives_the_same_interval() -> None:
+    random = np.random.default_rng(0)
+    base, other = random.lognormal(size=(10, 5)), random.lognormal(size=(10, 5))
+    assert statistics.ratio(base, other, seed=3) == statistics.ratio(base, other, seed=3)
+    assert statistics.ratio(base, other, seed=3) != statistics.ratio(base, other, seed=4)
+
+
+STEADY, SHAKY, WIDE = Interval(0.998, 1.0, 1.002), Interval(1.03, 1.04, 1.05), Interval(0.9, 1.0, 1.1)
+
+
+@pytest.mark.parametrize(
+    ("speedup", "aa", "expected"),
+    [
+        (Interval(4.0, 4.1, 4.2), STEADY, "4.1 times faster (4.0-4.2)"),
+        (Interval(4.0, 4.1, 4.2), SHAKY, "4.1 times faster (4.0-4.2)"),
+        (Interval(1.02, 1.03, 1.04), STEADY, "1.03 times faster (1.02-1.04)"),
+        (Interval(0.5, 0.8, 0.9), STEADY, "1.25 times slower (1.11-2.00)"),
+        (Interval(1.001, 1.005, 1.01), STEADY, "no measurable difference"),
+        (Interval(0.99, 1.02, 1.05), STEADY, "no measurable difference"),
+        (Interval(1.05, 1.07, 1.09), WIDE, "no measurable difference"),
+        (Interval(1.01, 1.02, 1.03), SHAKY, "too noisy to say: A/A moved 4 %"),
+        (Interval(0.96, 0.97, 0.98), SHAKY, "too noisy to say: A/A moved 4 %"),
+    ],
+)
+def test_faster_is_said_only_of_what_excludes_1_and_exceeds_the_aa_band(
+    speedup: Interval, aa: Interval, expected: str
+) -> None:
+    assert statistics.verdict(speedup, aa) == expected
+
+
+def test_two_samples_of_one_distribution_show_no_measurable_difference() -> None:
+    random = np.random.default_rng(0)
+    base, again, other = (random.gamma(50, 1000, size=(30, 35)) for _ in range(3))
+    verdict = statistics.verdict(statistics.ratio(base, other, 0), statistics.ratio(base, again, 0))
+    assert verdict == "no measurable difference"
+
+
+# --- doubts ---
+
+
+def runner_result(**conditions: object) -> dict[str, object]:
+    calm = {"others_percent": 1.0, "load_before": [9, 9, 9], "steal_percent": 0.0, "throttled": None}
+    models = [{"name": "a", "warmup": {"steady": True}}]
+    return {"conditions": calm | conditions, "machine": {"cores": 2}, "models": models}
+
+
+def test_a_calm_run_raises_no_doubts() -> None:
+    assert statistics.doubts(STEADY, {"a": np.full((6, 2), 100)}, runner_result()) == ()
+
+
+@pytest.mark.parametrize(
+    ("conditions", "expected"),
+    [
+        ({"others_percent": 40.0}, "contended: other processes used 40 % of the processor time"),
+        ({"others_percent": None, "load_before": [2.0, 0, 0]}, "contended: the load was 1.0 per core at the start"),
+        ({"steal_percent": 3.0}, "steal: the hypervisor took 3 % of the processor time"),
+        ({"throttled": 2}, "throttled: the processor slowed itself 2 times"),
+    ],
+)
+def test_a_disturbed_machine_is_told(conditions: dict[str, object], expected: str) -> None:
+    assert statistics.doubts(STEADY, {}, runner_result(**conditions)) == (expected,)
+
+
+def test_drift_an_aa_that_moved_and_an_unsteady_warm_up_are_told() -> None:
+    ns = np.repeat([100, 100, 100, 100, 104, 104], 3).reshape(6, 3)
+    result = runner_result() | {"models": [{"name": "a", "warmup": {"steady": False}}]}
+    assert statistics.doubts(SHAKY, {"a": ns}, result) == (
+        "A/A: two sessions of the same file differ by 4.0 % (1.030-1.050)",
+        "drift: the median of a moved by +4.0 % from first to last third",
+        "warm-up: a had not become steady when timing began",
+    )
+
+
+# --- whole comparisons, in the real runtime ---
+
+
+def test_a_planted_slower_model_is_found_slower(compared: tuple[BenchResult, Path]) -> None:
+    by_name = {m.contestant.name: m for m in compared[0].measurements}
+    slow = by_name["student fp32"]
+    assert slow.speedup and slow.speedup.high < 0.5
+    assert "times slower" in slow.verdict
+    assert by_name["teacher fp32"].speedup is None
+    assert slow.readings["p50_ms"] > 2 * by_name["teacher fp32"].readings["p50_ms"]
+
+
+def test_agreement_is_told_of_int8_files_only(compared: tuple[BenchResult, Path]) -> None:
+    agreement = {m.contestant.name: m.readings.get("agreement") for m in compared[0].measurements}
+    assert agreement == {"student fp32": None, "teacher fp32": None, "student int8": 100.0}
+
+
+def test_every_number_carries_its_machine_runtime_and_samples(compared: tuple[BenchResult, Path]) -> None:
+    result, out = compared
+    assert result.machine and result.machine.cores == os.cpu_count()
+    assert result.runtime and (result.runtime.name, result.runtime.threads) == ("onnxruntime", 1)
+    assert result.protocol["runtime"]["providers"] == ["CPUExecutionProvider"]
+    assert set(result.protocol["cold_start_ms"]) == {
+        "student fp32",
+        "teacher fp32",
+        "student int8",
+        "teacher fp32 again",
+    }
+    assert result.aa and result.aa.low <= result.aa.mid <= result.aa.high
+    assert result.samples and result.samples.path == out / "samples.npz"
+    with np.load(result.samples.path) as samples:
+        assert samples["ns"].dtype == np.int64 and len(samples["ns"]) == 4 * 4 * 5
+
+
+def test_a_result_reads_back_from_its_folder(compared: tuple[BenchResult, Path]) -> None:
+    result, out = compared
+    assert plain.load(BenchResult, plain.dump(result), out) == result
+
+
+def test_top1_comes_from_the_file_itself(exam: tuple[File, File], tmp_path: Path) -> None:
+    """Labels that are the model's own answers give 100 percent."""
+    file = classifier(tmp_path / "model.onnx", 16, batch="N")
+    logits = np.load(answer(tmp_path / "answers", file, Cpu(), exam[0]).path)
+    labels = stored(tmp_path / "labels.npy", logits.argmax(1))
+    contestants = (contestant("a", file), contestant("b", classifier(tmp_path / "other.onnx", 16, seed=5)))
+    result = benchmark(tmp_path / "out", contestants, "cpu", Cpu(), exam[0], labels, "a", QUICK)
+    assert result.measurements[0].readings["top1"] == 100.0
+    assert result.measurements[1].readings["top1"] < 100.0
+    assert result.measurements[0].speedup is None, "without a teacher the first is compared with"
+
+
+def test_without_labels_only_latency_is_told(tmp_path: Path) -> None:
+    contestants = (contestant("a", classifier(tmp_path / "a.onnx", 16)),)
+    result = benchmark(tmp_path / "out", contestants, "cpu", Cpu(), noise(tmp_path, SHAPE, 0), None, "", QUICK)
+    assert set(result.measurements[0].readings) == {"min_ms", "p50_ms"}
+    assert not (tmp_path / "out" / "answers").exists()
+
+
+def test_static_and_dynamic_batches_answer_alike(exam: tuple[File, File], tmp_path: Path) -> None:
+    files = [classifier(tmp_path / f"{batch}.onnx", 16, batch=batch) for batch in (1, 7, "N")]
+    one, seven, any_number = (np.load(answer(tmp_path / f.path.stem, f, Cpu(), exam[0]).path) for f in files)
+    assert one.shape == (40, 10)
+    np.testing.assert_allclose(seven, one, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(any_number, one, rtol=1e-4, atol=1e-3)
+
+
+def test_a_target_that_this_machine_cannot_serve_gives_the_reason_and_no_number(
+    exam: tuple[File, File], tmp_path: Path
+) -> None:
+    class Absent(Cpu):
+        def missing(self) -> str:
+            return "there is no board here"
+
+    file = classifier(tmp_path / "a.onnx", 16)
+    result = benchmark(tmp_path / "out", (contestant("a", file),), "board", Absent(), *exam, "a", QUICK)
+    assert result.not_measured == "there is no board here"
+    assert (result.machine, result.runtime, result.aa, result.samples, result.measurements) == (
+        None,
+        None,
+        None,
+        None,
+        (),
+    )
+    assert plain.load(BenchResult, plain.dump(result)) == result
+
+
+def test_refuses_contestants_that_cannot_be_told_apart_or_compared(exam: tuple[File, File], tmp_path: Path) -> None:
+    inputs, labels = exam
+    one = contestant("a", classifier(tmp_path / "a.onnx", 16))
+    few = stored(tmp_path / "few.npy", np.zeros(3, np.int64))
+    with pytest.raises(ConfigError, match="share a name"):
+        benchmark(tmp_path / "out", (one, one), "cpu", Cpu(), inputs, labels, "a", QUICK)
+    with pytest.raises(ConfigError, match="nothing to measure"):
+        benchmark(tmp_path / "out", (), "cpu", Cpu(), inputs, labels, "a", QUICK)
+    with pytest.raises(ConfigError, match="`b` is not a contestant"):
+        benchmark(tmp_path / "out", (one,), "cpu", Cpu(), inputs, labels, "b", QUICK)
+    with pytest.raises(DataError, match="40 inputs and 3 labels"):
+        benchmark(tmp_path / "out", (one,), "cpu", Cpu(), inputs, few, "a", QUICK)
+
+
+def test_a_model_of_another_input_shape_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    inputs = stored(tmp_path / "inputs.npy", np.zeros((4, 1, 5, 5), np.float32))
+    with pytest.raises(ConfigError, match=r"`a.onnx` takes inputs of 3x8x8, these are 1x5x5"):
+        answer(tmp_path / "out", classifier(tmp_path / "a.onnx", 16), Cpu(), inputs)
+
+
+def test_a_runner_that_dies_is_told_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dying = tmp_path / "runner.py"
+    monkeypatch.setattr(stage, "runner_path", lambda: dying)
+    dying.write_text("import os, sys\nprint('a library talks')\nsys.stderr.write('out of luck')\nsys.exit(5)\n")
+    with pytest.raises(EdgekdError, match="failed with exit code 5") as caught:
+        stage.run("bench", tmp_path / "out", {}, "bench", 1)
+    assert "out of luck" in caught.value.hint
+    dying.write_text(f"import os\nos.kill(os.getpid(), {int(signal.SIGKILL)})\n")
+    with pytest.raises(EdgekdError, match="SIGKILL"):
+        stage.run("bench", tmp_path / "out", {}, "bench", 1)
+
+
+def test_ctrl_c_ends_the_runner_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sleeping, started = tmp_path / "runner.py", tmp_path / "pid"
+    sleeping.write_text(
+        f"import os, time\nopen({str(started)!r} + '.tmp', 'w').write(str(os.getpid()))\n"
+        f"os.rename({str(started)!r} + '.tmp', {str(started)!r})\ntime.sleep(60)\n"
+    )
+    monkeypatch.setattr(stage, "runner_path", lambda: sleeping)
+
+    def interrupt() -> None:
+        while not started.exists():
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        stage.run("bench", tmp_path / "out", {}, "bench", 1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
+
+
+def test_an_int8_file_is_compared_with_the_float_file_of_its_own_method() -> None:
+    nowhere = File(Path("a.onnx"), "")
+    mine, other = contestant("kd fp32", nowhere), contestant("kpn fp32", nowhere, method="kpn")
+    int8 = contestant("kpn int8", nowhere, method="kpn", precision="int8")
+    orphan = contestant("dkd int8", nowhere, method="dkd", precision="int8")
+    all_of_them = (mine, other, int8, orphan)
+    assert [stage.original(c, all_of_them, "kd fp32") for c in all_of_them] == [None, None, 1, 0]
+    twice = (*all_of_them, contestant("kpn wide fp32", nowhere, method="kpn"))
+    assert stage.original(int8, twice, "kd fp32") is None, "it could come from either"
+
+
+def test_measuring_and_its_metrics_work_without_torch(exam: tuple[File, File], tmp_path: Path) -> None:
+    file = classifier(tmp_path / "a.onnx", 16)
+    script = f"""
+import sys
+sys.modules["torch"] = None
+from pathlib import Path
+from edgekd.core.artifact import File
+from edgekd.stages.benchmark import answer
+from edgekd.targets.cpu import Cpu
+answer(Path({str(tmp_path / "out")!r}), File.of(Path({str(file.path)!r})), Cpu(), File.of(Path({str(exam[0].path)!r})))
+assert "onnxruntime" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

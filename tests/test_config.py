@@ -1,0 +1,84 @@
+"""A configuration survives JSON; every mistake in one is named, with its path, at once."""
+
+import json
+
+import pytest
+
+from edgekd.core import config, plain
+from edgekd.core.errors import ConfigError
+from edgekd.pipeline import BuildConfig, configured
+
+
+def digits():
+    return config.read("digits")
+
+
+@pytest.mark.parametrize("name", config.recipes())
+def test_every_recipe_is_valid_and_survives_json(name):
+    made = plain.load(BuildConfig, config.read(name))
+    assert plain.load(BuildConfig, json.loads(json.dumps(plain.dump(made)))) == made
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("student.method.wieght=1.0", "student.method has no `wieght`"),
+        ("student.method.wieght=1.0", "did you mean `weight`?"),
+        ("student.method.weight=big", 'student.method.weight is "big": Input should be a valid number'),
+        ("student.method.use=kpm", "did you mean `kpn`?"),
+        ("student.epochs=2.5", "student.epochs is 2.5: Input should be a valid integer"),
+        ("teacher.model.depth=21", "teacher.model: depth is 21, which no ResNet of the CIFAR family has"),
+        ("data.use=digit", "did you mean `digits`?"),
+        ("data=digits", "data names no plug-in"),
+        ("studnet.epochs=3", "the configuration has no `studnet`"),
+        ("student.method.logits=2", "use a share between 0 and 1"),
+        ("student.train.lr=-1", "use a number above 0"),
+        ("name.x=1", "`name` holds no keys"),
+        ("student.epochs", "names no value"),
+        ("student.epochs=[", "is not YAML"),
+    ],
+)
+def test_names_the_mistake(change, says):
+    with pytest.raises(ConfigError) as error:
+        configured("digits", (change,), (), smoke=False)
+    assert says in str(error.value)
+
+
+def test_reports_every_mistake_at_once():
+    changes = ("student.method.wieght=1", "teacher.epochs=x", "data.size=4")
+    with pytest.raises(ConfigError) as error:
+        configured("digits", changes, (), smoke=False)
+    assert all(part in str(error.value) for part in ("wieght", "teacher.epochs", "data.size"))
+
+
+def test_a_missing_key_is_named():
+    data = digits()
+    del data["teacher"]["model"]
+    with pytest.raises(ConfigError, match="teacher.model is missing"):
+        plain.load(BuildConfig, data)
+
+
+def test_scientific_notation_is_a_number():
+    assert configured("digits", ("student.train.lr=1e-3",), (), smoke=False).student.train.lr == 0.001
+
+
+def test_a_key_that_is_there_twice_is_a_mistake(tmp_path):
+    (tmp_path / "c.yaml").write_text("name: a\nname: b\n")
+    with pytest.raises(ConfigError, match="`name` is there twice"):
+        config.read(str(tmp_path / "c.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("source", "says"), [("digit", "did you mean `digits`?"), ("none.yaml", "there is no file `none.yaml`")]
+)
+def test_a_missing_recipe_names_the_near_one(source, says):
+    with pytest.raises(ConfigError) as error:
+        config.read(source)
+    assert says in str(error.value)
+
+
+def test_a_target_is_chosen_by_name_and_keeps_its_settings():
+    made = configured("digits", ("targets=[{use: cpu, threads: 2}]",), ("cpu",), smoke=False)
+    assert [t.threads for t in made.targets] == [2]
+    with pytest.raises(ConfigError, match="did you mean `cpu`"):
+        configured("digits", (), ("cpuu",), smoke=False)

@@ -1,0 +1,180 @@
+"""KPN against its paper: the loss by hand, who learns from what, which route is dropped."""
+
+
+import pytest
+import torch
+from torch import nn
+
+from edgekd.core.errors import ConfigError
+from edgekd.core.method import Batch, Lesson, Outcome
+from edgekd.learn.layers import layers
+from edgekd.learn.taps import Taps
+from edgekd.methods.kpn import KPN, Route
+from tests import zoo
+
+
+def batch(progress=0.0):
+    x = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    return Batch(x, torch.arange(6) % zoo.CLASSES, torch.arange(6), progress)
+
+
+def a_lesson(epochs=20):
+    torch.manual_seed(0)
+    return Lesson(zoo.Toy(2).eval(), (zoo.Toy(4).eval(),), epochs, zoo.CLASSES, lambda n: iter([batch()]))
+
+
+def test_the_gap_is_the_masked_l1_of_the_paper_over_the_mean_size():
+    projected = torch.tensor([[[[2.0, -1.0]]]])
+    own = torch.tensor([[[[1.0, 1.0]]]])
+    # |2-1| counts whole, |-1-1| counts a quarter: mean (1 + 0.5) / 2; mean size of the projected (2 + 1) / 2
+    assert KPN().gap(projected, own).item() == pytest.approx(0.75 / 1.5)
+
+
+def gradients(loss, *modules):
+    for module in modules:
+        module.requires_grad_(True).zero_grad()
+    loss.backward()
+    return [any(p.grad is not None and p.grad.abs().sum() > 0 for p in m.parameters()) for m in modules]
+
+
+@pytest.fixture
+def route():
+    return KPN(routes=(Route("stage2", "stage2"),))
+
+
+def phases(method, lesson):
+    script = method.teach(lesson)
+    first = next(script)
+    return first, script.send(Outcome({n: 1.0 for n in first.loss(batch())}, 0.0))
+
+
+def test_in_stage_1_the_front_learns_only_to_match_and_the_rear_and_projection_only_the_task(route):
+    lesson = a_lesson()
+    first, _ = phases(route, lesson)
+    student, projection = first.trains
+    parts = (student.stage1, student.stage2, student.stage3, student.head, projection)
+    student.requires_grad_(True), projection.requires_grad_(True)
+    losses = first.loss(batch())
+    names = list(losses)
+    assert [n.rpartition(":")[2] for n in names] == ["task", "project"]
+    assert gradients(losses[names[0]], *parts) == [False, False, True, True, True]
+    losses = first.loss(batch())
+    assert gradients(losses[names[1]], *parts) == [True, True, False, False, False]
+
+
+def test_in_stage_2_the_student_runs_on_its_own_and_the_projection_fades(route):
+    lesson = a_lesson()
+    _, second = phases(route, lesson)
+    student, projection = second.trains
+    assert student is lesson.student
+    start, late = second.loss(batch(0.0)), second.loss(batch(0.75))
+    assert late["project"].item() == pytest.approx(start["project"].item() / 4)
+    assert second.loss(batch(1.0))["project"].item() == 0
+    student.requires_grad_(True)
+    assert gradients(second.loss(batch())["task"], student.stage1, student.head) == [True, True]
+    logits = student(batch().x)
+    want = nn.functional.cross_entropy(logits, batch().y)
+    assert start["task"].item() == pytest.approx(want.item())
+
+
+def test_the_stages_share_one_schedule_and_the_paper_s_weight_decay(route):
+    first, second = phases(route, a_lesson())
+    assert (first.epochs, second.epochs) == (8, 12)
+    assert first.span == (0.0, 0.4) and second.span == (0.4, 1.0)
+    assert list(first.decay.values()) == [1e-3] and list(second.decay.values()) == [0.0]
+
+
+def test_each_period_drops_the_route_with_the_worst_joint_loss():
+    method = KPN(receptive_tolerance=1.0, candidates=3)
+    lesson = a_lesson()
+    script = method.teach(lesson)
+    phase = next(script)
+    names = sorted({n.rpartition(":")[0] for n in phase.loss(batch())})
+    assert len(names) == 3
+    dropped = []
+    while phase.name.startswith("search"):
+        alive = sorted({n.rpartition(":")[0] for n in phase.loss(batch())})
+        dropped.append(alive[1] if len(alive) == 3 else alive[0])
+        losses = {f"{n}:task": 9.0 if n == dropped[-1] else 1.0 for n in alive} | {f"{n}:project": 0.5 for n in alive}
+        phase = script.send(Outcome(losses, 0.0))
+    (left,) = {n.rpartition(":")[0] for n in phase.loss(batch())}
+    assert {left, *dropped} == set(names)
+
+
+def test_the_winner_s_weights_arrive_in_the_student():
+    lesson = a_lesson()
+    script = KPN(receptive_tolerance=1.0).teach(lesson)
+    phase = next(script)
+    while phase.name != "joint":
+        winner = phase.trains[0]
+        with torch.no_grad():
+            for p in winner.parameters():
+                p.add_(1.0)
+        losses = {n: float(i) for i, n in enumerate(phase.loss(batch()))}
+        phase = script.send(Outcome(losses, 0.0))
+    assert all(torch.equal(a, b) for a, b in zip(winner.parameters(), lesson.student.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        (KPN(routes=(Route("stage9", "stage2"),)), "no layer `stage9`"),
+        (KPN(routes=(Route("stage1", "stage2"),)), "have sizes 8x8 and 4x4"),
+        (KPN(receptive_tolerance=0.0, routes=(Route("head", "stage2"),)), "gives no (N, C, H, W) map"),
+    ],
+)
+def test_a_route_that_does_not_fit_is_refused_in_words(method, says):
+    with pytest.raises(ConfigError) as error:
+        next(method.teach(a_lesson()))
+    assert says in str(error.value)
+
+
+def test_too_few_epochs_are_refused():
+    with pytest.raises(ConfigError, match="leave none for the joint stage"):
+        next(KPN(receptive_tolerance=1.0).teach(a_lesson(epochs=1)))
+
+
+class Foreign(nn.Module):
+    """As found in the wild: activations in place, a residual, pooling by function."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 4, 5, 2, 2)
+        self.conv2 = nn.Conv2d(4, 4, 3, 1, 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.pool = nn.MaxPool2d(2)
+        self.conv3 = nn.Conv2d(4, 6, 3, 1, 2, dilation=2)
+        self.head = nn.Linear(6, zoo.CLASSES)
+
+    def forward(self, x):
+        x = self.pool(self.relu(self.conv1(x)))
+        x = torch.relu_(self.conv2(x)) + x
+        return self.head(nn.functional.avg_pool2d(self.conv3(x), 2).mean((2, 3)))
+
+
+def test_layers_of_a_foreign_module_are_found_with_receptive_fields_worked_by_hand():
+    found = {layer.path: layer for layer in layers(Foreign().eval(), torch.randn(2, 1, 16, 16))}
+    assert set(found) == {"conv1", "pool", "conv3"}  # conv2 lies inside of a residual: not everything passes it
+    assert found["conv1"].receptive == 5 - 1 and found["conv1"].signed
+    assert found["pool"].receptive == 4 + (2 - 1) * 2
+    # through conv2 (kernel 3, stride so far 2 * 2), then conv3 (kernel 3 dilated to 5)
+    assert found["conv3"].receptive == 6 + (3 - 1) * 4 + (5 - 1) * 4
+    assert found["conv3"].channels == 6 and found["conv3"].size == (4, 4)
+
+
+def test_injection_replaces_the_front_of_a_foreign_module_and_leaves_no_trace():
+    model = Foreign().eval()
+    x = torch.randn(2, 1, 16, 16)
+    taps = Taps(model, "pool")
+    plain, seen = taps(x)
+    other, own = taps(torch.randn(2, 1, 16, 16), {"pool": seen["pool"]})
+    assert torch.equal(plain, other)
+    assert not torch.equal(own["pool"], seen["pool"])
+    assert torch.equal(model(x), plain)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_what_is_seen_is_not_changed_by_an_activation_in_place():
+    model = Foreign().eval()
+    _, seen = Taps(model, "conv1")(torch.randn(2, 1, 16, 16))
+    assert (seen["conv1"] < 0).any()

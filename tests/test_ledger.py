@@ -1,0 +1,177 @@
+"""No step runs twice, none is half done, and a killed one goes on where it stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from edgekd.core.artifact import File
+from edgekd.core.errors import Busy, StaleArtifact
+from edgekd.core.ledger import Ledger, code
+from edgekd.methods.kd import KD
+
+
+@dataclass(frozen=True)
+class Made:
+    file: File
+    text: str
+
+
+def make(out: Path, text: str, method: KD | None = None) -> Made:
+    with (out.parent / "runs.txt").open("a") as log:
+        log.write(f"{text}\n")
+    (out / "made.txt").write_text(text)
+    return Made(File.of(out / "made.txt"), text)
+
+
+def fail(out: Path, text: str) -> Made:
+    (out / "half.txt").write_text(text)
+    raise OSError("no")
+
+
+def runs(root):
+    return (root / "runs.txt").read_text().split()
+
+
+def test_the_same_step_is_made_once(tmp_path):
+    ledger = Ledger(tmp_path)
+    assert ledger.step("a", Made, make, "x") == ledger.step("a", Made, make, "x")
+    assert runs(tmp_path) == ["x"]
+
+
+def test_other_arguments_settings_or_names_make_anew(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.step("a", Made, make, "x", KD())
+    ledger.step("a", Made, make, "y", KD())
+    ledger.step("a", Made, make, "x", KD(weight=0.5))
+    ledger.step("b", Made, make, "x", KD())
+    assert runs(tmp_path) == ["x", "y", "x", "x"]
+
+
+def test_a_failed_step_leaves_no_whole_directory(tmp_path):
+    with pytest.raises(OSError, match="no"):
+        Ledger(tmp_path).step("a", Made, fail, "x")
+    assert [p.suffix for p in tmp_path.iterdir()] == [".partial"]
+
+
+def test_a_changed_or_lost_artefact_is_refused(tmp_path):
+    made = Ledger(tmp_path).step("a", Made, make, "x")
+    made.file.path.write_text("other")
+    with pytest.raises(StaleArtifact, match="changed since it was recorded"):
+        Ledger(tmp_path).step("a", Made, make, "x")
+    made.file.path.unlink()
+    with pytest.raises(StaleArtifact, match="is gone"):
+        Ledger(tmp_path).step("a", Made, make, "x")
+
+
+def test_the_manifest_holds_inputs_output_versions_and_seconds(tmp_path):
+    made = Ledger(tmp_path).step("a", Made, make, "x", KD())
+    entry = json.loads((made.file.path.parent / "step.json").read_text())
+    assert entry["args"][0] == ["x", {"use": "kd", "temperature": 4.0, "weight": 0.9}]
+    assert entry["output"]["file"]["sha256"] == made.file.sha256
+    assert "torch" in entry["code"]["versions"]
+    assert entry["seconds"] >= 0
+
+
+def test_the_code_of_a_step_is_all_that_it_runs_through():
+    base = code("edgekd.stages.prepare")
+    assert base == code("edgekd.stages.prepare")
+    assert base["sha256"] != code("edgekd.stages.prepare", KD())["sha256"]
+    assert set(base["versions"]) == {"numpy"}
+
+
+def test_foreign_code_is_part_of_the_key(tmp_path, monkeypatch):
+    from edgekd.models.python import Python
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "theirs.py").write_text("def net(): ...\n")
+    before = code("edgekd.stages.prepare", Python("theirs:net"))
+    (tmp_path / "theirs.py").write_text("def net(): return 1\n")
+    assert code("edgekd.stages.prepare", Python("theirs:net")) != before
+    sys.path.remove(str(tmp_path))
+
+
+def test_a_second_build_in_the_same_folder_is_refused_with_the_first_one_s_pid(tmp_path):
+    with Ledger(tmp_path).locked():
+        other = subprocess.run(
+            [sys.executable, "-c", HOLD, str(tmp_path)], capture_output=True, text=True, check=False
+        )
+    assert f"in use by a running build (process {os.getpid()})" in other.stderr
+    with Ledger(tmp_path).locked():
+        pass
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from edgekd.core.ledger import Ledger
+with Ledger(Path(sys.argv[1])).locked():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_lock_of_a_killed_build_is_gone(tmp_path):
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
+    )
+    assert child.stdout.readline() == "held\n"
+    with pytest.raises(Busy, match=str(child.pid)), Ledger(tmp_path).locked():
+        pass
+    child.kill()
+    child.communicate()
+    with Ledger(tmp_path).locked():
+        pass
+
+
+TEACH = """
+import sys
+from pathlib import Path
+from edgekd.core.ledger import Ledger
+from edgekd.core.task import Augment
+from edgekd.learn.trainer import TrainConfig
+from edgekd.methods.alone import Alone
+from edgekd.models.resnet import ResNet
+from edgekd.stages.distill import Course, Trained, distill
+from tests import zoo
+
+home = Path(sys.argv[1])
+task = zoo.blobs_task(home / "data")
+course = Course(12, TrainConfig(batch=16, precision="fp32"), Augment(1, True), 0)
+ledger = Ledger(home / "steps")
+with ledger.locked():
+    (made,) = ledger.step("teach", tuple[Trained, ...], distill, "s", task, ResNet(8, 8), Alone(), course, ())
+print(made.weights.file.sha256, len(made.weights.phases[0].curve))
+"""
+
+
+def teach(home):
+    command = [sys.executable, "-c", TEACH, str(home)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
+
+
+def test_a_killed_training_goes_on_and_ends_bit_equal(tmp_path):
+    whole, _ = teach(tmp_path / "whole").communicate()
+    child = teach(tmp_path / "killed")
+    until = time.monotonic() + 60
+    while not list((tmp_path / "killed").rglob("epoch.pt")) and time.monotonic() < until:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert list((tmp_path / "killed").rglob("epoch.pt")), "it was to be killed in the middle of a phase"
+    resumed, _ = teach(tmp_path / "killed").communicate()
+    assert resumed == whole
+    assert resumed.split()[1] == "12"
+
+
+def test_dataclasses_are_keyed_by_what_they_hold(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.step("a", Made, make, "x", KD())
+    ledger.step("a", Made, make, "x", replace(KD(), weight=0.9))
+    assert runs(tmp_path) == ["x"]

@@ -1,0 +1,151 @@
+"""What every method must keep, whatever it does inside. New files in methods/ are found by themselves."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from torch.nn.utils import parametrize
+
+from edgekd.core import plugins
+from edgekd.core.method import Lesson, Method, play
+from edgekd.core.task import Augment
+from edgekd.learn.trainer import TrainConfig, freeze
+from edgekd.methods.kd import KD
+from edgekd.stages.distill import Course, Played, a_trainer
+from tests import zoo
+
+EPOCHS = 5
+SETTINGS = {"kpn": {"receptive_tolerance": 0.5}}
+
+
+def a_method(name):
+    cls = plugins.load("methods", name)
+    nested = {f.name: KD() for f in dataclasses.fields(cls) if f.type == "Method"}
+    return cls(**nested, **SETTINGS.get(name, {}))
+
+
+class Class:
+    """A classroom: a lesson with a trainer, made anew from the same seed each time."""
+
+    def __init__(self, home, watch=None):
+        torch.manual_seed(0)
+        course = Course(EPOCHS, TrainConfig(batch=16, precision="fp32"), Augment(1, True), seed=0)
+        self.trainer = a_trainer(zoo.blobs_task(home / "data"), course, torch.device("cpu"))
+        self.lesson = Lesson(zoo.Toy(2), (zoo.Toy(4),), EPOCHS, zoo.CLASSES, self.trainer.sample)
+        self.work = home / "work"
+        self.watch = watch
+
+    def teach(self, name):
+        freeze(self.lesson)
+        played = Played(self.work, self.trainer, self.lesson, name)
+        self.records = played.records
+        run = played.run if self.watch is None else lambda phase: self.watch(phase, played.run)
+        with played.progress():
+            return play(a_method(name).teach(self.lesson), run)
+
+
+@pytest.fixture(params=plugins.names("methods"))
+def name(request):
+    return request.param
+
+
+def state(students):
+    return {f"{n}.{k}": v.clone() for n, m in students.items() for k, v in m.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_keeps_to_the_epoch_budget(name, tmp_path):
+    room = Class(tmp_path)
+    room.teach(name)
+    assert 0 < sum(r.epochs for r in room.records) <= EPOCHS
+
+
+def test_teaches_something(name, tmp_path):
+    room = Class(tmp_path)
+    before = state({"student": room.lesson.student})
+    assert not same(before, state(room.teach(name)))
+
+
+def test_leaves_teachers_untouched(name, tmp_path):
+    room = Class(tmp_path)
+    before = state({"t": room.lesson.teachers[0]})
+    room.teach(name)
+    assert same(before, state({"t": room.lesson.teachers[0]}))
+
+
+def test_students_hold_nothing_of_the_method(name, tmp_path):
+    for student in Class(tmp_path).teach(name).values():
+        for module in student.modules():
+            assert not type(module).__module__.startswith("edgekd.methods"), module
+            assert not parametrize.is_parametrized(module), module
+            assert not module._forward_hooks, module
+        assert set(student.state_dict()) == set(zoo.Toy(2).state_dict())
+
+
+@pytest.mark.parametrize("lost", ["the last phase", "the last epoch"])
+def test_interrupted_and_resumed_is_the_same_as_uninterrupted(name, lost, tmp_path):
+    whole = Class(tmp_path / "whole")
+    want = state(whole.teach(name))
+    part = Class(tmp_path / "part")
+    if lost == "the last phase":
+        for slot in sorted(whole.work.iterdir())[:-1]:
+            shutil.copytree(slot, part.work / slot.name)
+    else:
+        stop_before_the_last_epoch(part, name)
+    again = Class(tmp_path / "part")
+    assert same(want, state(again.teach(name)))
+    keep = ("name", "epochs", "losses", "accuracy")
+    assert [{k: getattr(r, k) for k in keep} for r in whole.records] == [
+        {k: getattr(r, k) for k in keep} for r in again.records
+    ]
+
+
+def stop_before_the_last_epoch(room, name):
+    """As a kill between two epochs would: what was saved stays, the rest is lost."""
+    real, left = room.trainer.epoch, [EPOCHS - 1]
+
+    def epoch(*args):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return real(*args)
+
+    room.trainer.epoch = epoch
+    with pytest.raises(KeyboardInterrupt):
+        room.teach(name)
+    assert list(room.work.rglob("epoch.pt")) or left[0] == 0
+
+
+def test_a_phase_changes_only_what_it_trains(name, tmp_path):
+    room = Class(tmp_path)
+
+    def watched(phase, run):
+        mine = {id(t) for m in phase.trains for t in (*m.parameters(), *m.buffers())}
+        models = (room.lesson.student, *room.lesson.teachers)
+        others = [t for m in models for t in (*m.parameters(), *m.buffers()) if id(t) not in mine]
+        before = [t.detach().clone() for t in others]
+        outcome = run(phase)
+        assert all(torch.equal(a, b) for a, b in zip(before, others, strict=True)), phase.name
+        return outcome
+
+    room.watch = watched
+    room.teach(name)
+
+
+def test_notes_are_plain_json(name, tmp_path):
+    room = Class(tmp_path)
+    notes = {}
+    room.lesson = dataclasses.replace(room.lesson, note=notes.__setitem__)
+    room.teach(name)
+    assert json.loads(json.dumps(notes)) == notes
+
+
+def test_is_a_frozen_dataclass_of_settings(name):
+    cls = plugins.load("methods", name)
+    assert issubclass(cls, Method)
+    assert cls.__dataclass_params__.frozen
