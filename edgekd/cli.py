@@ -33,7 +33,8 @@ def options(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
 ) -> None:
     """From a trained teacher to a measured INT8 student on an edge device."""
-    logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)  # other libraries' logs
+    logging.getLogger("edgekd").setLevel(logging.ERROR if quiet else logging.INFO)
     if version:
         typer.echo(__version__)
         raise typer.Exit
@@ -73,6 +74,76 @@ def distill(recipe: Recipe = "digits", set_: Sets = None, out: Out = None, smoke
 
 
 @app.command()
+def export(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The ONNX file to write (batch 1).")],
+    model: Annotated[str, typer.Option(help="A family with settings, `resnet:depth=8,width=8`, or `package.module:function`.")],
+    checkpoint: Annotated[Path, typer.Option(help="Its weights: .safetensors, or a state dict in a .pt file.")],
+    images: Annotated[Path, typer.Option(help="Real network inputs to compare with, .npz or .npy, (N, C, H, W) float32.")],
+    classes: Annotated[int, typer.Option(help="How many classes it answers.")],
+    opset: Annotated[int, typer.Option(help="Of ai.onnx.")] = 20,
+    trust: Annotated[bool, typer.Option(help="Read a checkpoint that may run code.")] = False,
+    json_: Json = False,
+) -> None:
+    """Write a trained torch network as ONNX, and prove that it answers alike."""
+    from edgekd.stages.carry import export_checkpoint
+    from edgekd.stages.export import ExportConfig
+
+    made = export_checkpoint(out, model, checkpoint, images, classes, ExportConfig(opset=opset), trust)
+    emit(json_, facts(made), described(made))
+
+
+@app.command()
+def quantize(
+    model: Annotated[Path, typer.Argument(help="An FP32 ONNX file.")],
+    calib: Annotated[Path, typer.Option(help="Network inputs, .npz or .npy, (N, C, H, W) float32.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The INT8 ONNX file to write.")],
+    target: Annotated[str, typer.Option("--target", "-t", help="Whose INT8 dialect.")] = "cpu",
+    method: Annotated[str, typer.Option(help="How ranges are found: minmax, moving_average, percentile, entropy.")] = "minmax",
+    json_: Json = False,
+) -> None:
+    """Quantize any ONNX file to INT8 for one target."""
+    from edgekd.core import onnx_facts, plain, plugins
+    from edgekd.stages.calibrate import load_calibration
+    from edgekd.stages.quantize import QuantizeConfig, quantize_file
+
+    dialect = plugins.load("targets", target)().dialect
+    config = plain.load(QuantizeConfig, {"method": method})
+    inputs = load_calibration(calib, onnx_facts.facts(model).input)
+    made = quantize_file(model, out, inputs, dialect, config)
+    emit(json_, facts(made), described(made))
+
+
+@app.command()
+def bench(
+    models: Annotated[list[Path], typer.Argument(help="ONNX files; the first is what the others are compared with.")],
+    target: Annotated[str, typer.Option("--target", "-t", help="Where to run them.")] = "cpu",
+    images: Annotated[Path | None, typer.Option(help="Network inputs, .npz or .npy; noise if not given.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Their classes, .npy: measures accuracy, too.")] = None,
+    threads: Annotated[int, typer.Option(help="Of the runtime.")] = 1,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where samples and results go.")] = Path("runs/bench"),
+    smoke: Smoke = False,
+    json_: Json = False,
+) -> None:
+    """Compare the latency of any ONNX files on one target."""
+    from edgekd.core import plain
+    from edgekd.stages.benchmark import BenchConfig
+    from edgekd.stages.compare import compare_files, table
+
+    config = BenchConfig(blocks=4, calls=16, warmup_s=0.05, metrics=("top1", "p50_ms")) if smoke else BenchConfig()
+    result = compare_files(out, tuple(models), target, threads, images, labels, config)
+    emit(json_, plain.dump(result), table(result))
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="The --out folder of a build.")]) -> None:
+    """Write a build's report again from its report.json."""
+    from edgekd.stages.report import read
+    from edgekd.stages.report import report as write
+
+    say(f"report: {write(read(folder / 'report.json'), folder)}")
+
+
+@app.command()
 def init(
     recipe: Annotated[str, typer.Argument(help="The recipe to start from.")] = "digits",
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("edgekd.yaml"),
@@ -105,6 +176,32 @@ def list_(
     emit(json_, chosen, "\n".join(lines))
 
 
+@app.command()
+def doctor(json_: Json = False) -> None:
+    """What this machine has, what is missing, and how to get it."""
+    from dataclasses import asdict
+
+    from edgekd.stages.doctor import examine
+
+    found = examine(Path.cwd())
+    lines = [f"{'ok     ' if f.fine else 'MISSING'} {f.what:<14} {f.detail}" for f in found]
+    lines += [f"hint: {f.what}: {f.fix}" for f in found if not f.fine]
+    emit(json_, [asdict(f) for f in found], "\n".join(lines))
+    if not all(f.fine for f in found):
+        raise typer.Exit(1)
+
+
+def facts(model: Any) -> dict[str, Any]:
+    from edgekd.core import plain
+
+    return {**plain.dump(model), "bytes": model.file.bytes}
+
+
+def described(model: Any) -> str:
+    size = f"{model.file.bytes / 1e3:.1f} kB, {model.macs / 1e6:.2f} M MACs"
+    return f"{model.file.path}: {model.precision}, opset {model.opset}, {size}, sha256 {model.file.sha256[:12]}"
+
+
 def say(text: str) -> None:
     """For people: on stderr."""
     logging.getLogger(__name__).info(text)
@@ -117,15 +214,35 @@ def emit(as_json: bool, data: Any, text: str) -> None:
 
 def main() -> NoReturn:
     """Run, and turn what went wrong into a sentence and an exit code."""
+    usage: Any = typer.BadParameter.__mro__[2]  # typer's ClickException, whichever package it comes from
     try:
-        app(standalone_mode=False)
-        code = 0
+        code = app(standalone_mode=False) or 0
     except EdgekdError as error:
         code = failed(str(error), error.exit_code)
-    except typer.Exit as stop:
-        code = stop.exit_code
+    except usage as error:
+        error.show()
+        code = error.exit_code
     except OSError as error:
-        code = failed(*os_failure(error))
-    except KeyboardInterrupt:
-        code = failed("interrupted\n\nhint: run the same command again to go on where it stopped", 130)
+        code = failed(os_failure(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        code = failed("interrupted\n\nhint: the same command again goes on where this one stopped", 130)
     sys.exit(code)
+
+
+def failed(text: str, code: int) -> int:
+    typer.echo(f"error: {text}", err=True)
+    return code
+
+
+def os_failure(error: OSError) -> str:
+    """What the system refused, in a sentence; finished steps stay whole whatever it was."""
+    place = f" `{error.filename}`" if error.filename else ""
+    hints = {
+        errno.ENOSPC: "free some space, then run the same command again: it goes on where it stopped",
+        errno.EACCES: "choose a folder that you may write to with --out",
+        errno.EROFS: "choose a folder that can be written to with --out",
+    }
+    reason = (os.strerror(error.errno) if error.errno else str(error)).lower()
+    return f"{reason}{place}\n\nhint: {hints.get(error.errno or 0, 'check the path')}"
+
+

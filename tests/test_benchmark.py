@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.core import plain, plugins
 from edgekd.core.artifact import File
-from edgekd.core.errors import ConfigError, DataError, EdgekdError
+from edgekd.core.errors import ConfigError, DataError, EdgekdError, StaleArtifact
 from edgekd.core.trial import BenchResult, Contestant, Interval, Trial
 from edgekd.metrics._percentile import nearest_rank
 from edgekd.stages import benchmark as stage
@@ -183,7 +183,8 @@ STEADY, SHAKY, WIDE = Interval(0.998, 1.0, 1.002), Interval(1.03, 1.04, 1.05), I
     [
         (Interval(4.0, 4.1, 4.2), STEADY, "4.1 times faster (4.0-4.2)"),
         (Interval(4.0, 4.1, 4.2), SHAKY, "4.1 times faster (4.0-4.2)"),
-        (Interval(1.02, 1.03, 1.04), STEADY, "1.03 times faster (1.02-1.04)"),
+        (Interval(1.03, 1.04, 1.05), STEADY, "1.04 times faster (1.03-1.05)"),
+        (Interval(1.005, 1.013, 1.019), STEADY, "no measurable difference"),
         (Interval(0.5, 0.8, 0.9), STEADY, "1.25 times slower (1.11-2.00)"),
         (Interval(1.001, 1.005, 1.01), STEADY, "no measurable difference"),
         (Interval(0.99, 1.02, 1.05), STEADY, "no measurable difference"),
@@ -345,6 +346,13 @@ def test_a_model_of_another_input_shape_is_refused_with_a_sentence(tmp_path: Pat
     inputs = stored(tmp_path / "inputs.npy", np.zeros((4, 1, 5, 5), np.float32))
     with pytest.raises(ConfigError, match=r"`a.onnx` takes inputs of 3x8x8, these are 1x5x5"):
         answer(tmp_path / "out", classifier(tmp_path / "a.onnx", 16), Cpu(), inputs)
+
+
+def test_a_file_that_changed_since_it_was_recorded_is_refused(exam: tuple[File, File], tmp_path: Path) -> None:
+    file = classifier(tmp_path / "a.onnx", 16)
+    classifier(tmp_path / "a.onnx", 16, seed=9)
+    with pytest.raises(StaleArtifact, match="changed since it was recorded"):
+        benchmark(tmp_path / "out", (contestant("a", file),), "cpu", Cpu(), *exam, "a", QUICK)
 
 
 def test_a_runner_that_dies_is_told_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

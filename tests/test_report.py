@@ -119,7 +119,14 @@ def record(tmp_path: Path) -> Record:
         not_measured="",
         machine=Machine("Fast & Cool CPU @ 2.40GHz", ("avx2", "avx512_vnni"), 2, 23.4, "Linux 6.1", "3.11.7"),
         runtime=Runtime("onnxruntime", "1.31.0", 1, "fp32"),
-        protocol={"batch": 1, "blocks": 30, "calls_per_block": 35, "warmup_s": 2.0, "scope": "model only", "seed": 0},
+        protocol={
+            "batch": 1,
+            "blocks": 30,
+            "calls_per_block": 35,
+            "warmup_s": 2.0,
+            "seed": 0,
+            "conditions": {"load_1min": 0.3, "governor": None},
+        },
         aa=Interval(0.9981, 1.0004, 1.0023),
         warnings=("load average 1.4 on 2 cores", f"drift of {EVIL}"),
         measurements=tuple(measurement(home, name) for name in MODELS),
@@ -243,14 +250,14 @@ def test_every_number_of_every_measurement_is_in_every_format(record, tmp_path):
 
 def test_first_screen_answers_which_file_how_accurate_how_fast_on_what(record, tmp_path):
     page = report(record, tmp_path / "out").read_text(encoding="utf-8")
-    first = page[page.index('<section class="hero"') : page.index("</section>")]
+    first = page[page.index('<section class="hero"') : page.index("</section>")].replace("&nbsp;", " ")
     for fact in (
         "student-int8.onnx", "3.70 kB", "96.1 % top-1", "−0.3 points to the FP32 student", "−1.1 points to the teacher",
         "98.7 %", "360 test images", "8.6 times faster (8.5-8.8)", "0.213 ms", "1.84 ms", "Fast &amp; Cool CPU",
         "onnxruntime 1.31.0", "1 thread",
     ):  # fmt: skip
         assert fact in first
-    assert "kpn against alone: +1.7 points" in page
+    assert "kpn against alone: +1.7 points" in page and "conditions: load 1min" in page
 
 
 def test_what_was_not_measured_gives_the_reason_and_no_number(record, tmp_path):
@@ -328,6 +335,7 @@ def test_works_without_torch(record, tmp_path):
         (words.count(12_480_000), "12.5 M"), (words.count(640), "640"), (words.file_size(3_700), "3.70 kB"),
         (words.file_size(12), "12 B"), (words.file_size(None), "size unknown"), (words.points(-0.04, 360), "±0.0"),
         (words.points(1.25, 5000), "+1.25"), (words.duration(3725), "1 h 2 min"), (words.setting(True), "yes"),
+        (words.label("warmup_s"), "warmup, s"), (words.label("calls_per_block"), "calls per block"),
     ],
 )  # fmt: skip
 def test_writes_numbers_with_three_figures_and_a_unit(shown, text):

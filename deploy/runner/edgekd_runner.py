@@ -21,7 +21,7 @@ WARMUP_BLOCK = 20  # calls; medians of blocks are compared
 STEADY = 1.02  # three consecutive medians this close together end a warm-up
 WARMUP_CAP = 5  # a warm-up gives up after this many times its minimum
 DISCARDED = 3  # calls after each switch of models: caches, branch predictors
-SETTLE_S = 0.02  # worker threads of the previous model spin a while; with a pool of threads they would hold a core
+SETTLE_S, SETTLES = 0.01, 50  # worker threads spin on after a call: 20 to 50 ms were seen in ONNX Runtime 1.31
 ROTATED = 64  # inputs at most that timed calls go through
 CHUNK = 64  # images per answer call of a model with a dynamic batch
 TELLING = "avx2 avx512f avx512_vnni avx_vnni avx512_bf16 amx_int8 amx_bf16 asimddp i8mm bf16".split()  # of the flags
@@ -196,13 +196,18 @@ def bench(job, out):
     for number in range(protocol["blocks"]):
         for index in random.permutation(len(sessions)).tolist():
             if job["threads"] != 1:
-                time.sleep(SETTLE_S)
+                settle()
             first = number * protocol["calls"]  # all models of a round see the same inputs
             ns += timed_block(sessions[index], inputs, first, protocol["calls"])
             block += [number] * protocol["calls"]
             which += [index] * protocol["calls"]
         emit({"progress": number + 1, "of": protocol["blocks"]})
-    samples = {"ns": np.array(ns, np.int64), "block": np.array(block, np.int32), "model": np.array(which, np.int32)}
+    samples = {
+        "ns": np.array(ns, np.int64),
+        "block": np.array(block, np.int32),
+        "model": np.array(which, np.int32),  # counts into names
+        "names": np.array([str(model["name"]) for model in facts]),
+    }
     replace(os.path.join(out, "samples.npz"), lambda stream: np.savez(stream, **samples))
     return {
         "machine": machine(),
@@ -222,6 +227,15 @@ def timed(session, inputs, first, calls):
         session.run(x)
         times[i] = now_ns() - start
     return times
+
+
+def settle():
+    """Wait until the worker threads of the previous model sleep: while they spin they hold a core."""
+    for _ in range(SETTLES):
+        before = time.process_time()
+        time.sleep(SETTLE_S)
+        if time.process_time() - before < SETTLE_S / 10:
+            return
 
 
 def timed_block(session, inputs, first, calls):

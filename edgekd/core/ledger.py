@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
@@ -36,6 +37,8 @@ class Ledger:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.seconds: dict[str, float] = {}  # of each step that was asked for, when it was made
+        self.latest = ""  # when the newest of them was made, UTC
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -74,13 +77,17 @@ class Ledger:
             work = self.root / f"{home.name}.partial"
             work.mkdir(parents=True, exist_ok=True)
             made = plain.dump(make(work, *args, **kwargs))
+            now = datetime.now(UTC).isoformat(timespec="seconds")
             seconds = round(time.perf_counter() - started, 3)
             shutil.rmtree(work / KEEP, ignore_errors=True)
-            entry = facts | {"output": made, "seconds": seconds, "machine": machine()}
+            entry = facts | {"output": made, "seconds": seconds, "finished": now, "machine": machine()}
             (work / "step.json").write_text(json.dumps(entry, indent=2))
             work.rename(home)  # atomic: a directory without `.partial` is always whole
             log.info("%s: done in %.1f s", name, seconds)
-        return plain.load(kind, json.loads((home / "step.json").read_text())["output"], home)
+        entry = json.loads((home / "step.json").read_text())
+        self.seconds[name] = entry["seconds"]
+        self.latest = max(self.latest, entry["finished"])
+        return plain.load(kind, entry["output"], home)
 
 
 def machine() -> dict[str, str]:

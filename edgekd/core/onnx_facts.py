@@ -78,10 +78,11 @@ def facts(path: Path) -> OnnxFacts:
     )
 
 
-def described(path: Path, name: str) -> OnnxModel:
-    """The file as an artefact. Raises ModelError as `facts` does, and if its MACs cannot be counted."""
+def described(path: Path, name: str, macs: int | None = None) -> OnnxModel:
+    """The file as an artefact. Raises ModelError as `facts` does, and if its MACs are neither given nor countable."""
     found = facts(path)
-    if found.macs is None:
+    macs = found.macs if macs is None else macs
+    if macs is None:
         raise ModelError(
             f"the multiply-accumulates of `{path}` cannot be counted: the size of a tensor is not fixed",
             hint="fix every dimension of the input but the batch when you export it",
@@ -95,7 +96,7 @@ def described(path: Path, name: str) -> OnnxModel:
         found.opset,
         found.ir,
         found.parameters,
-        found.macs,
+        macs,
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from edgekd.core.errors import ConfigError
@@ -51,7 +50,6 @@ class CifarResNet(nn.Module):
         self.stage1 = stage(width, width, blocks, 1)
         self.stage2 = stage(width, 2 * width, blocks, 2)
         self.stage3 = stage(2 * width, 4 * width, blocks, 2)
-        self.pool = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Linear(4 * width, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -59,7 +57,7 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stage3(self.stage2(self.stage1(self.stem(x))))
-        return self.head(torch.flatten(self.pool(x), 1))
+        return self.head(x.mean((2, 3)))
 
 
 def conv_bn(entering: int, width: int, kernel: int, stride: int) -> nn.Sequential:

@@ -66,13 +66,13 @@ def answer(out: Path, model: File, target: Target, inputs: File) -> File:
 
     `inputs` is .npy, (N, C, H, W) float32. Raises EdgekdError with what the runner says if the file does not run.
     """
-    return answers(out, {model.path.name: model}, target, inputs)[0]
+    return answers(out, {model.path.name: model}, target, inputs, runner_path())[0]
 
 
-def answers(out: Path, models: dict[str, File], target: Target, inputs: File) -> list[File]:
+def answers(out: Path, models: dict[str, File], target: Target, inputs: File, runner: Path) -> list[File]:
     """`answer` for several models, in one process; messages call them by their keys."""
     total = len(np.load(inputs.path, mmap_mode="r")) * len(models)
-    run("answer", out, job(models, target, inputs), f"answers on {target.runtime}", total)
+    run(runner, "answer", out, job(models, target, inputs), f"answers on {target.runtime}", total)
     return [File.of(out / f"logits-{index}.npy") for index in range(len(models))]
 
 
@@ -85,12 +85,14 @@ def benchmark(
     labels: File | None,
     reference: str,
     config: BenchConfig,
+    runner: File | None = None,
 ) -> BenchResult:
     """Compare the contestants on one target; the baseline is the first teacher, or else the first of them.
 
     `inputs` is .npy, (N, C, H, W) float32, of test data; `labels` is .npy, (N,) int64. Without labels only the latency
     is taken. `reference` names the float file that agreement is measured against. Files of the contestants are
-    linked into `out`, so that the result stands beside what it was measured on.
+    linked into `out`, so that the result stands beside what it was measured on. `runner` is the one that comes with
+    edgekd if not given.
     """
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     protocol = {"batch": 1, "scope": SCOPE, "blocks": config.blocks, "calls": config.calls, "seed": config.seed}
@@ -98,16 +100,15 @@ def benchmark(
     if reason:
         return BenchResult(target_name, reason, None, None, protocol, None, (), (), None, started, 0.0)
     check(contestants, inputs, labels, reference)
+    program = runner.path if runner else runner_path()
     models = {c.name: c.file for c in contestants}
     logits = [np.zeros((0, 0), np.float32)] * len(contestants)
     if labels is not None:
-        logits = [np.load(file.path) for file in answers(out / "answers", models, target, inputs)]
+        logits = [np.load(file.path) for file in answers(out / "answers", models, target, inputs, program)]
     base = next((i for i, c in enumerate(contestants) if c.role == "teacher"), 0)
     timed = models | {f"{contestants[base].name} again": contestants[base].file}
-    result = run("bench", out, job(timed, target, inputs, config), f"bench on {target_name}", config.blocks)
-    for file, ran in zip(timed.values(), result["models"], strict=True):
-        if ran["sha256"] != file.sha256:
-            raise StaleArtifact(f"`{file.path}` changed while it was measured", hint="run the benchmark again")
+    result = run(program, "bench", out, job(timed, target, inputs, config), f"bench on {target_name}", config.blocks)
+    same_files(timed, result)
     samples = File.of(out / "samples.npz")
     ns = nanoseconds(samples, len(timed), config.blocks)
     aa = statistics.ratio(ns[base], ns[-1], config.seed)
@@ -146,6 +147,13 @@ def check(contestants: tuple[Contestant, ...], inputs: File, labels: File | None
     images, answers = len(np.load(inputs.path, mmap_mode="r")), len(np.load(labels.path))
     if images != answers:
         raise DataError(f"there are {images} inputs and {answers} labels", hint="give one label for each input")
+
+
+def same_files(models: dict[str, File], result: dict[str, Any]) -> None:
+    """Raise StaleArtifact where the runner read other bytes than those that were recorded."""
+    for file, ran in zip(models.values(), result["models"], strict=True):
+        if ran["sha256"] != file.sha256:
+            raise StaleArtifact(f"`{file.path}` changed since it was recorded", hint="make it again, then measure")
 
 
 def linked(out: Path, index: int, contestant: Contestant) -> File:
@@ -246,11 +254,11 @@ def job(models: dict[str, File], target: Target, inputs: File, config: BenchConf
     return asked
 
 
-def run(command: str, out: Path, asked: dict[str, Any], label: str, total: int) -> dict[str, Any]:
+def run(runner: Path, command: str, out: Path, asked: dict[str, Any], label: str, total: int) -> dict[str, Any]:
     """Start the runner as a child process, show how far it is, return its result. Ctrl-C ends it too."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "job.json").write_text(json.dumps(asked, indent=2))
-    words = [sys.executable, str(runner_path()), command, "--job", str(out / "job.json"), "--out", str(out)]
+    words = [sys.executable, str(runner), command, "--job", str(out / "job.json"), "--out", str(out)]
     done, told = 0, {}
     with (
         tempfile.TemporaryFile("w+") as complaints,

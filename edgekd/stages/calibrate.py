@@ -24,10 +24,16 @@ class CalibConfig(Settings):
 
     def __post_init__(self) -> None:
         if self.images < 1:
-            raise ConfigError(f"calibration.images is {self.images}", hint="use 1 or more; 256 serve most networks")
+            raise ConfigError(f"images is {self.images}", hint="use 1 or more; 256 serve most networks")
 
 
-def collect(out: Path, task: Task, config: CalibConfig, source: str) -> File:
+@dataclass(frozen=True)
+class CalibrationSet:
+    images: File  # .npz with one array, `image`: network inputs, (N, C, H, W) float32
+    manifest: File  # where they come from
+
+
+def collect(out: Path, task: Task, config: CalibConfig, source: str) -> CalibrationSet:
     """Choose training images, every class with its share, and write `images.npz` and `manifest.json`.
 
     images.npz holds one array, `image`: network inputs, (N, C, H, W) float32; equal choices give equal bytes.
@@ -37,7 +43,7 @@ def collect(out: Path, task: Task, config: CalibConfig, source: str) -> File:
     if len(train.labels) < config.images:
         raise DataError(
             f"calibration wants {config.images} images, but the training split has {len(train.labels)}",
-            hint=f"set `calibration.images` to {len(train.labels)} or less",
+            hint=f"set `calib.images` to {len(train.labels)} or less",
         )
     indices, _ = stratified(train.labels, config.images, config.seed)
     inputs = task.inputs(np.asarray(train.images[indices]))
@@ -60,7 +66,7 @@ def collect(out: Path, task: Task, config: CalibConfig, source: str) -> File:
         "indices": indices.tolist(),
     }
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    return images
+    return CalibrationSet(images, File.of(out / "manifest.json"))
 
 
 def load_calibration(path: Path, spec: TensorSpec) -> np.ndarray:
@@ -106,14 +112,14 @@ def read(path: Path, spec: TensorSpec) -> np.ndarray:
     if not path.is_file():
         raise DataError(f"there is no calibration file `{path}`", hint="give an .npz or .npy file of network inputs")
     try:
-        found: Any = np.load(path)
-        if isinstance(found, np.ndarray):
-            return found
-        with found as arrays:
-            names = list(arrays)
+        with path.open("rb") as stream:
+            found: Any = np.load(stream)
+            if isinstance(found, np.ndarray):
+                return found
+            names = list(found)
             name = names[0] if len(names) == 1 else spec.name
             if name in names:
-                array: np.ndarray = arrays[name]
+                array: np.ndarray = found[name]
                 return array
     except (ValueError, EOFError, zipfile.BadZipFile, OSError) as error:
         raise DataError(

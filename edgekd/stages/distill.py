@@ -99,6 +99,19 @@ def distill(
     return tuple(made)
 
 
+def adopt(out: Path, name: str, task: Task, model: Model, checkpoint: File, trust: bool) -> Trained:
+    """A network whose weights exist already. Raises CheckpointError if they do not fit."""
+    module = model.build(len(task.classes), task.shape[0])
+    weights.load(module, checkpoint.path, trust)
+    course = Course(epochs=1, train=TrainConfig(), augment=Augment(), seed=0)
+    trainer = a_trainer(task, course, torch.device("cpu"))
+    check_answers(Lesson(module, (), 1, len(task.classes), trainer.sample), task)
+    path = out / f"{name}.safetensors"
+    weights.save(module, path)
+    count = sum(p.numel() for p in module.parameters())
+    return Trained(model, Weights(File.of(path), name, "", count, trainer.accuracy(module), 0.0))
+
+
 class Played:
     """Runs the phases of one script, in order; a phase that `home` holds is recalled."""
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from edgekd.core import onnx_facts, onnx_files
 from edgekd.core.errors import ConfigError, ExportError, ParityError
-from edgekd.core.onnx_facts import Exported, OnnxFacts
+from edgekd.core.onnx_facts import Exported as Exported
+from edgekd.core.onnx_facts import OnnxFacts
 from edgekd.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -35,13 +36,13 @@ class ExportConfig(Settings):
     def __post_init__(self) -> None:
         if self.opset < LOWEST_OPSET:
             raise ConfigError(
-                f"export.opset is {self.opset}, but torch's exporter writes {LOWEST_OPSET} or more",
+                f"opset is {self.opset}, but torch's exporter writes {LOWEST_OPSET} or more",
                 hint=f"use {LOWEST_OPSET} or more; 20 is what TensorRT 10 and onnxruntime 1.18 read",
             )
         if not 0 < self.tolerance < 1:
-            raise ConfigError(f"export.tolerance is {self.tolerance}", hint="use a share between 0 and 1, such as 1e-4")
+            raise ConfigError(f"tolerance is {self.tolerance}", hint="use a share between 0 and 1, such as 1e-4")
         if self.images < 1:
-            raise ConfigError(f"export.images is {self.images}", hint="compare 1 image or more; 64 take no second")
+            raise ConfigError(f"images is {self.images}", hint="compare 1 image or more; 64 take no second")
 
 
 def export(
@@ -80,7 +81,8 @@ def export(
         check_form(onnx_facts.check(path), path, (batch, *images.shape[1:]), (batch, classes), config.opset)
         check_folded(path)
         compare(path, images, want, config.tolerance)
-    return Exported(onnx_facts.described(single, name), onnx_facts.described(dynamic, f"{name}-dynamic"))
+    alone = onnx_facts.described(single, name)
+    return Exported(alone, onnx_facts.described(dynamic, f"{name}-dynamic", alone.macs))
 
 
 def translate(network: nn.Module, images: np.ndarray, opset: int) -> onnx.ModelProto:

@@ -39,7 +39,7 @@ STYLE: dict[Any, Any] = {  # matplotlib's settings
     "xtick.major.size": 0,
     "ytick.major.size": 0,
 }
-WIDTH = 5.2  # inches: text is legible when a phone shows the plot at its own width
+WIDTH = 4.8  # inches: text is legible when a phone shows the plot at its own width
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 Box = tuple[float, float, float, float]  # left, bottom, right, top in points
 
@@ -60,40 +60,44 @@ def accuracy_against_latency(title: str, measurements: Sequence[Measurement]) ->
                 [x_ms], [top1], marker=marker, ms=7, mew=1.6, mec=COLOURS[colour], mfc=face, ls="none", clip_on=False
             )
         dots = [tuple(map(float, axes.transData.transform(place))) for place in zip(x, y, strict=True)]
-        names = [m.contestant.name for m in shown]
+        names = [short(m.contestant.name) for m in shown]
+        line = {"arrowstyle": "-", "color": COLOURS["mute"], "lw": 0.6, "shrinkA": 1, "shrinkB": 4}
         for name, place, offset in zip(names, zip(x, y, strict=True), label_offsets(axes, dots, names), strict=True):
-            axes.annotate(
-                name,
-                place,
-                offset,
-                textcoords="offset points",
-                ha="left" if offset[0] > 0 else "right",
-                va="center",
-                arrowprops={"arrowstyle": "-", "color": COLOURS["mute"], "lw": 0.6, "shrinkA": 1, "shrinkB": 4}
-                if offset[1]
-                else None,
-                parse_math=False,
-            )
+            style: dict[str, Any] = {
+                "textcoords": "offset points",
+                "va": "center",
+                "arrowprops": line if offset[1] else None,
+            }
+            axes.annotate(name, place, offset, parse_math=False, **style)
     return drawn[0]
 
 
 def label_offsets(axes: Axes, dots: Sequence[tuple[float, ...]], names: Sequence[str]) -> list[tuple[float, float]]:
-    """Where each dot's label goes, in points from it: the nearest place that covers no dot and no other label."""
+    """Where each dot's label begins, in points from it: the nearest place that covers no dot and no other label."""
     frame = axes.get_window_extent()
     taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in dots]
     rows = sorted((12.0 * k for k in range(-12, 13)), key=abs)
     found = []
     for (x, y), name in zip(dots, names, strict=True):
-        wide = 5.4 * len(name)  # a letter of 9.5 points is about that wide
-        for dx, dy in ((side * 9.0, row) for row in rows for side in (1, -1)):
-            left = x + dx if dx > 0 else x + dx - wide
-            box = (left, y + dy - 6, left + wide, y + dy + 6)
-            inside = frame.x0 <= box[0] and box[2] <= frame.x1 + 8 and frame.y0 <= box[1] and box[3] <= frame.y1 + 6
-            if inside and not any(overlap(box, other) for other in taken):
-                break
+        wide = 5.6 * len(name)  # a letter of 9.5 points is about that wide
+        middle = max(frame.x0 + 2, min(x - wide / 2, frame.x1 - wide))
+        places = [(left, y + row) for row in rows for left in (x + 9, x - 9 - wide, middle)]
+        boxes = [(left, level - 6, left + wide, level + 6) for left, level in places]
+        free = [
+            box
+            for box in boxes
+            if frame.x0 <= box[0] and box[2] <= frame.x1 + 8 and frame.y0 <= box[1] and box[3] <= frame.y1 + 6
+            if not any(overlap(box, other) for other in taken)
+        ]
+        box = (free or boxes)[0]  # in a crowd that leaves no room, labels may cover each other
         taken.append(box)
-        found.append((dx, dy))
+        found.append((box[0] - x, box[1] + 6 - y))
     return found
+
+
+def short(name: str) -> str:
+    """A name that fits into a plot; the tables have it in full."""
+    return name if len(name) <= 44 else f"{name[:43]}…"
 
 
 def overlap(a: Box, b: Box) -> bool:
@@ -106,7 +110,7 @@ def latency_distributions(title: str, names: Sequence[str], ms: Sequence[np.ndar
     from matplotlib.path import Path as Outline
 
     low, high = min(float(v.min()) for v in ms), max(float(v.max()) for v in ms)
-    with canvas(title, 0.75 + 0.56 * len(names)) as (axes, drawn):
+    with canvas(title, 0.75 + 0.56 * len(names), left=0.1) as (axes, drawn):
         axes.set(xscale="log", xlim=(low / 1.05, high * 1.05), ylim=(len(names) - 0.45, -0.5), yticks=[])
         axes.set(xlabel="latency of one call, ms (log; left is better)")
         axes.spines["left"].set_visible(False)
@@ -122,7 +126,9 @@ def latency_distributions(title: str, names: Sequence[str], ms: Sequence[np.ndar
                 [first, third, third, first], [row, row, row + 0.22, row + 0.22], color=COLOURS["c1"], alpha=0.35, lw=0
             )
             axes.plot([half, half], [row - 0.03, row + 0.25], color=COLOURS["c1"], lw=2, solid_capstyle="butt")
-            axes.annotate(name, (0, row - 0.12), xycoords=("axes fraction", "data"), va="bottom", parse_math=False)
+            axes.annotate(
+                short(name), (0, row - 0.12), xycoords=("axes fraction", "data"), va="bottom", parse_math=False
+            )
     return drawn[0]
 
 
@@ -194,7 +200,7 @@ def log_ticks(axes: Axes) -> None:
 
 
 @contextmanager
-def canvas(title: str, height: float) -> Iterator[tuple[Axes, list[str]]]:
+def canvas(title: str, height: float, left: float = 0.6) -> Iterator[tuple[Axes, list[str]]]:
     """Axes to draw on, `height` inches high, and a list that holds the SVG when the block is over."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -206,7 +212,7 @@ def canvas(title: str, height: float) -> Iterator[tuple[Axes, list[str]]]:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE | {"svg.hashsalt": title})
         figure = Figure(figsize=(WIDTH, height))
-        sides = {"left": 0.6 / WIDTH, "right": 1 - 0.15 / WIDTH, "bottom": 0.55 / height, "top": 1 - 0.25 / height}
+        sides = {"left": left / WIDTH, "right": 1 - 0.15 / WIDTH, "bottom": 0.55 / height, "top": 1 - 0.25 / height}
         figure.subplots_adjust(**sides)
         axes = figure.add_subplot()
         yield axes, drawn

@@ -38,3 +38,9 @@ def write(out: Path, name: str, arrays: Arrays) -> Split:
     np.save(out / f"{name}-images.npy", np.ascontiguousarray(arrays.images))
     np.save(out / f"{name}-labels.npy", arrays.labels)
     return Split(File.of(out / f"{name}-images.npy"), File.of(out / f"{name}-labels.npy"))
+
+
+def exam(out: Path, task: Task) -> File:
+    """The test images as a network takes them: .npy, (N, C, H, W) float32."""
+    np.save(out / "inputs.npy", task.inputs(task.test.load().images))
+    return File.of(out / "inputs.npy")

@@ -44,6 +44,7 @@ class Headline:
     """What the first screen is about: the INT8 student on the first target that was measured."""
 
     bench: BenchResult
+    file: File  # to ship: under the name that the build gave it, if it made it
     ship: Measurement
     student: Measurement | None  # the same student in FP32
     teacher: Measurement | None
@@ -143,8 +144,8 @@ def render(template: str, record: Record, files: list[dict[str, Any]]) -> str:
         keep_trailing_newline=True,
     )
     percent = partial(words.percent, images=record.data.test)
-    shown = (words.figures, words.count, words.file_size, words.ratio, words.interval, words.near_one, words.duration)
-    shown += (words.setting, words.when, words.yaml)
+    shown: list[Callable[..., Any]] = [words.figures, words.count, words.file_size, words.ratio, words.interval]
+    shown += [words.near_one, words.duration, words.when, words.flat, words.setting, words.yaml]
     environment.filters |= {show.__name__: show for show in shown}
     environment.filters |= {"percent": percent, "points": partial(words.points, images=record.data.test)}
     environment.globals |= {"size": size, "table": partial(table, percent=percent), "where": where}
@@ -160,6 +161,9 @@ def headline(record: Record) -> Headline | None:
             if m.contestant.role == "student" and m.contestant.precision == "int8":
                 return Headline(
                     bench,
+                    file=next(
+                        (o.file for o in record.models if o.file.sha256 == m.contestant.file.sha256), m.contestant.file
+                    ),
                     ship=m,
                     student=twin(m, bench),
                     teacher=next((t for t in bench.measurements if t.contestant.role == "teacher"), None),

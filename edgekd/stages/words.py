@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -72,6 +71,12 @@ def when(moment: str) -> str:
     return f"{moment[:16].replace('T', ' ')} UTC"
 
 
+def label(name: str) -> str:
+    """calls per block; warmup, s: a recorded name with its unit set apart."""
+    head, _, unit = name.rpartition("_")
+    return f"{head.replace('_', ' ')}, {unit}" if head and unit in ("s", "ms", "ns") else name.replace("_", " ")
+
+
 def setting(value: Any) -> str:
     """A recorded value of any kind."""
     if isinstance(value, bool) or value is None:
@@ -80,7 +85,18 @@ def setting(value: Any) -> str:
         return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(setting, value))
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{label(name)} {setting(member)}" for name, member in value.items())
+    return str(value)
+
+
+def flat(settings: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and values for a reader; a group of settings gives one line for each of its members."""
+    lines = []
+    for name, value in settings.items():
+        members = value.items() if isinstance(value, dict) else [("", value)]
+        lines += [(label(name) + (f": {label(key)}" if key else ""), setting(member)) for key, member in members]
+    return lines
 
 
 def markdown(value: Any) -> str:

@@ -1,0 +1,52 @@
+"""Carry a trained network into ONNX: from the pipeline's artefacts, or from a user's own checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgekd.core import plain, plugins
+from edgekd.core.artifact import OnnxModel, TensorSpec
+from edgekd.core.config import parse
+from edgekd.core.errors import ConfigError
+from edgekd.core.model import Model
+from edgekd.core.onnx_facts import Exported
+from edgekd.core.task import Task
+from edgekd.learn import weights
+from edgekd.stages.calibrate import load_calibration
+from edgekd.stages.distill import Trained, network
+from edgekd.stages.export import ExportConfig, export
+
+
+def export_trained(out: Path, trained: Trained, task: Task, config: ExportConfig) -> Exported:
+    """The ONNX files of a trained network, compared with torch on validation images."""
+    images = task.inputs(task.valid.load().images[: config.images])
+    facts = {"classes": "\n".join(task.classes), "mean": str(task.mean), "std": str(task.std)}
+    return export(out, trained.weights.name, network(trained, task), images, len(task.classes), config, facts)
+
+
+def export_checkpoint(
+    out: Path, model: str, checkpoint: Path, images: Path, classes: int, config: ExportConfig, trust: bool
+) -> OnnxModel:
+    """Write the ONNX file `out`, for batch 1, of a checkpoint that edgekd did not make.
+
+    `model` is `family:key=value,...` or `package.module:function`; `images` holds real network inputs to compare with.
+    """
+    if not images.is_file():
+        raise ConfigError(f"there is no file `{images}`", hint="give real network inputs: .npz or .npy, (N, C, H, W)")
+    inputs = load_calibration(images, TensorSpec("image", (0, 0, 0, 0)))
+    built = described(model).build(classes, inputs.shape[1])
+    weights.load(built, checkpoint, trust)
+    if out.suffix != ".onnx":
+        raise ConfigError(f"`{out}` is no name for an ONNX file", hint="end it with .onnx")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return export(out.parent, out.stem, built, inputs, classes, config).single
+
+
+def described(text: str) -> Model:
+    """The model that `resnet:depth=8,width=8` or `package.module:function` names."""
+    name, _, rest = text.partition(":")
+    if name not in plugins.names("models") and rest.isidentifier():
+        return plain.load(Model, {"use": "python", "function": text})  # type: ignore[type-abstract]
+    pairs = dict(part.partition("=")[::2] for part in rest.split(",") if part)
+    settings = {key: parse(value, f"--model {text}") for key, value in pairs.items()}
+    return plain.load(Model, {"use": name, **settings})  # type: ignore[type-abstract]

@@ -1,0 +1,92 @@
+"""Compare ONNX files of any origin on one target: latency always, accuracy where labels are given."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from edgekd.core import onnx_facts, plugins
+from edgekd.core.artifact import File, TensorSpec
+from edgekd.core.errors import ConfigError, TargetUnavailable
+from edgekd.core.target import Target
+from edgekd.core.trial import BenchResult, Contestant
+from edgekd.stages import words
+from edgekd.stages.benchmark import BenchConfig, benchmark, noise
+from edgekd.stages.calibrate import load_calibration
+
+
+def compare_files(
+    out: Path,
+    models: tuple[Path, ...],
+    target_name: str,
+    threads: int,
+    images: Path | None,
+    labels: Path | None,
+    config: BenchConfig,
+) -> BenchResult:
+    """Measure `models` against the first of them. Without `images` they are fed noise.
+
+    Raises TargetUnavailable if this machine cannot run the target, ConfigError if the files do not go together.
+    """
+    target: Target = replace(plugins.load("targets", target_name)(), threads=threads)
+    if reason := target.missing():
+        raise TargetUnavailable(f"target `{target_name}`: {reason}", hint="run it where the target is")
+    contestants = tuple(contestant(path, name) for path, name in zip(models, short_names(models), strict=True))
+    spec = onnx_facts.facts(models[0]).input
+    for path in models[1:]:
+        other = onnx_facts.facts(path).input
+        if other.shape[1:] != spec.shape[1:]:
+            raise ConfigError(
+                f"`{path}` takes {other.shape[1:]}, `{models[0]}` takes {spec.shape[1:]}",
+                hint="compare networks that take the same images",
+            )
+    if labels is not None and images is None:
+        raise ConfigError("there are labels without images", hint="give the images that they belong to")
+    out.mkdir(parents=True, exist_ok=True)
+    inputs = noise(out, spec.shape[1:], config.seed) if images is None else given(out, images, spec)
+    if labels is not None and not labels.is_file():
+        raise ConfigError(f"there is no file `{labels}`", hint="give an .npy of class numbers")
+    truth = None if labels is None else File.of(labels)
+    return benchmark(out, contestants, target_name, target, inputs, truth, contestants[0].name, config)
+
+
+def contestant(path: Path, name: str) -> Contestant:
+    found = onnx_facts.facts(path)
+    return Contestant(name, "student", "", found.precision, File.of(path), found.macs or 0, found.parameters)
+
+
+def short_names(models: tuple[Path, ...]) -> list[str]:
+    """The file names, or as much of the paths as it takes to tell them apart."""
+    names = [path.name for path in models]
+    if len(set(names)) == len(names):
+        return names
+    resolved = [str(path.resolve()) for path in models]
+    if len(set(resolved)) < len(resolved):
+        raise ConfigError("one file is given twice", hint="a comparison holds its own control: the first file, twice")
+    shared = os.path.commonpath(resolved)
+    return [os.path.relpath(path, shared) for path in resolved]
+
+
+def given(out: Path, images: Path, spec: TensorSpec) -> File:
+    np.save(out / "inputs.npy", load_calibration(images, spec))
+    return File.of(out / "inputs.npy")
+
+
+def table(result: BenchResult) -> str:
+    """A comparison for a terminal, with its machine."""
+    names = list(dict.fromkeys(name for m in result.measurements for name in m.readings))
+    rows = [["model", "precision", *names, "compared with the first"]]
+    for m in result.measurements:
+        cells = [f"{m.readings[n]:.4g}" if n in m.readings else "-" for n in names]
+        rows.append([m.contestant.name, m.contestant.precision, *cells, m.verdict or "-"])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    machine, runtime = result.machine, result.runtime
+    if machine and runtime:
+        lines.append(f"{machine.processor}, {runtime.name} {runtime.version}, threads: {runtime.threads}, {result.started}")
+    if result.aa:
+        lines.append(f"A/A control: {words.near_one(result.aa)}")
+    return "\n".join([*lines, *(f"warning: {warning}" for warning in result.warnings)])
