@@ -61,24 +61,29 @@ def build(
 
 
 @app.command()
-def distill(recipe: Recipe = "digits", set_: Sets = None, out: Out = None, smoke: Smoke = False, json_: Json = False) -> None:
+def distill(
+    recipe: Recipe = "digits", set_: Sets = None, out: Out = None, smoke: Smoke = False, json_: Json = False
+) -> None:
     """Train the teacher and the students only; prints where their weights are."""
     from edgekd import pipeline
 
     config = pipeline.configured(recipe, tuple(set_ or ()), (), smoke)
     students = pipeline.distilled(config, out or Path("runs") / config.name)
-    rows = [
-        {"name": w.name, "method": w.method, "valid_accuracy": w.valid_accuracy, "file": str(w.file.path)} for w in students
-    ]
-    emit(json_, rows, "\n".join("{name}: {valid_accuracy:.2%} of validation images, {file}".format(**row) for row in rows))
+    rows = [{"name": w.name, "valid_accuracy": w.valid_accuracy, "file": str(w.file.path)} for w in students]
+    lines = [f"{w.name}: {w.valid_accuracy:.2%} of the validation images, {w.file.path}" for w in students]
+    emit(json_, rows, "\n".join(lines))
 
 
 @app.command()
 def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="The ONNX file to write (batch 1).")],
-    model: Annotated[str, typer.Option(help="A family with settings, `resnet:depth=8,width=8`, or `package.module:function`.")],
+    model: Annotated[
+        str, typer.Option(help="A family with settings, `resnet:depth=8,width=8`, or `package.module:function`.")
+    ],
     checkpoint: Annotated[Path, typer.Option(help="Its weights: .safetensors, or a state dict in a .pt file.")],
-    images: Annotated[Path, typer.Option(help="Real network inputs to compare with, .npz or .npy, (N, C, H, W) float32.")],
+    images: Annotated[
+        Path, typer.Option(help="Real network inputs to compare with, .npz or .npy, (N, C, H, W) float32.")
+    ],
     classes: Annotated[int, typer.Option(help="How many classes it answers.")],
     opset: Annotated[int, typer.Option(help="Of ai.onnx.")] = 20,
     trust: Annotated[bool, typer.Option(help="Read a checkpoint that may run code.")] = False,
@@ -98,7 +103,9 @@ def quantize(
     calib: Annotated[Path, typer.Option(help="Network inputs, .npz or .npy, (N, C, H, W) float32.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The INT8 ONNX file to write.")],
     target: Annotated[str, typer.Option("--target", "-t", help="Whose INT8 dialect.")] = "cpu",
-    method: Annotated[str, typer.Option(help="How ranges are found: minmax, moving_average, percentile, entropy.")] = "minmax",
+    method: Annotated[
+        str, typer.Option(help="How ranges are found: minmax, moving_average, percentile, entropy.")
+    ] = "minmax",
     json_: Json = False,
 ) -> None:
     """Quantize any ONNX file to INT8 for one target."""
@@ -244,5 +251,3 @@ def os_failure(error: OSError) -> str:
     }
     reason = (os.strerror(error.errno) if error.errno else str(error)).lower()
     return f"{reason}{place}\n\nhint: {hints.get(error.errno or 0, 'check the path')}"
-
-

@@ -184,7 +184,9 @@ def deliver(
     name = plugins.name_of(target)
     chosen = plugins.name_of(config.student.method)
     int8s = {
-        n: ledger.step(f"quantize-{n}-{name}", Exported, quantize, exported[n], calib.images, target.dialect, config.quantize)
+        n: ledger.step(
+            f"quantize-{n}-{name}", Exported, quantize, exported[n], calib.images, target.dialect, config.quantize
+        )
         for n in (t.weights.name for t in networks)
         if n in {t.weights.name for t in networks[1:] if t.weights.method == chosen}
     }
@@ -215,7 +217,9 @@ def deliver(
 def contestant(role: Role, method: str, model: Exported) -> Contestant:
     single = model.single
     name = single.name.removesuffix("-int8")
-    return Contestant(f"{name} {single.precision}", role, method, single.precision, single.file, single.macs, single.parameters)
+    return Contestant(
+        f"{name} {single.precision}", role, method, single.precision, single.file, single.macs, single.parameters
+    )
 
 
 def ready(config: TrainConfig) -> TrainConfig:
@@ -273,7 +277,12 @@ def summary(record: Record) -> dict[str, object]:
     return {
         "name": record.name,
         "models": {
-            m.contestant.name: {"target": b.target, "file": str(m.contestant.file.path), **m.readings, "verdict": m.verdict}
+            m.contestant.name: {
+                "target": b.target,
+                "file": str(m.contestant.file.path),
+                **m.readings,
+                "verdict": m.verdict,
+            }
             for b in record.benches
             for m in b.measurements
         },
@@ -283,4 +292,6 @@ def summary(record: Record) -> dict[str, object]:
 
 def headline(record: Record) -> str:
     """What a person wants to know of a build: the comparison on every target."""
-    return "\n\n".join(f"{b.target}: not measured: {b.not_measured}" if b.not_measured else table(b) for b in record.benches)
+    return "\n\n".join(
+        f"{b.target}: not measured: {b.not_measured}" if b.not_measured else table(b) for b in record.benches
+    )

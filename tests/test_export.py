@@ -260,8 +260,15 @@ def test_constants_that_were_not_trained_are_no_parameters(tmp_path):
         helper.make_node("MatMul", ["e", "vt"], ["logits"]),
     ]
     one = np.float32(1)
-    weights = {"w": np.ones((2, 1, 1, 1), np.float32), "low": one, "high": one, "half": one,
-               "bias": np.ones((2, 1, 1), np.float32), "shape": np.array([1, 8]), "v": np.ones((3, 8), np.float32)}  # fmt: skip
+    weights = {
+        "w": np.ones((2, 1, 1, 1), np.float32),
+        "low": one,
+        "high": one,
+        "half": one,
+        "bias": np.ones((2, 1, 1), np.float32),
+        "shape": np.array([1, 8]),
+        "v": np.ones((3, 8), np.float32),
+    }
     path = graph_file(tmp_path / "mixed.onnx", nodes, {"image": [1, 1, 2, 2]}, {"logits": [1, 3]}, weights)
     assert onnx_facts.facts(path).parameters == 2 + 2 + 24
 

@@ -1,6 +1,5 @@
 """KPN against its paper: the loss by hand, who learns from what, which route is dropped."""
 
-
 import pytest
 import torch
 from torch import nn

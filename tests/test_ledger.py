@@ -99,9 +99,7 @@ def test_foreign_code_is_part_of_the_key(tmp_path, monkeypatch):
 
 def test_a_second_build_in_the_same_folder_is_refused_with_the_first_one_s_pid(tmp_path):
     with Ledger(tmp_path).locked():
-        other = subprocess.run(
-            [sys.executable, "-c", HOLD, str(tmp_path)], capture_output=True, text=True, check=False
-        )
+        other = subprocess.run([sys.executable, "-c", HOLD, str(tmp_path)], capture_output=True, text=True, check=False)
     assert f"in use by a running build (process {os.getpid()})" in other.stderr
     with Ledger(tmp_path).locked():
         pass

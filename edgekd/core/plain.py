@@ -46,34 +46,38 @@ def load(kind: type[T], data: Any, home: Path = Path(), find: Callable[[Path, st
 
 
 def mistakes(error: Any, kind: type, data: Any) -> ConfigError:
-    """One ConfigError for all mistakes that pydantic found: a line each, with the full path of the key."""
-    lines, hints = [], []
-    for found in error.errors():
-        path = [part for part in found["loc"] if part != "function-plain"]
-        where = ".".join(str(part) for part in path) or "the configuration"
-        cause = found.get("ctx", {}).get("error")
-        if found["type"] == "unexpected_keyword_argument":
-            parent = ".".join(map(str, path[:-1])) or "the configuration"
-            wrong = plugins.unknown(f"{parent} has no `{path[-1]}`", str(path[-1]), fields_at(kind, data, path[:-1]))
-            lines.append(wrong.what)
-            hints.append(wrong.hint)
-        elif isinstance(cause, ConfigError):
-            lines.append(f"{where}: {cause.what}")
-            hints.append(cause.hint)
-        elif found["type"] in ("missing", "missing_argument"):
-            lines.append(f"{where} is missing")
-        elif found["type"] == "no_use":
-            lines.append(f"{where} {found['msg']}")
-        else:
-            lines.append(f"{where} is {json.dumps(found['input'], default=str)}: {found['msg']}")
-    return ConfigError("\n".join(lines), hint="; ".join(dict.fromkeys(h for h in hints if h)))
+    """One ConfigError for all that pydantic found; each mistake with the full path of its key, and its own hint."""
+    found = [mistake(item, kind, data) for item in error.errors()]
+    if len(found) == 1:
+        return found[0]
+    lines = [f"{one.what}\n    hint: {one.hint}" if one.hint else one.what for one in found]
+    return ConfigError(f"{len(found)} mistakes:\n  " + "\n  ".join(lines))
+
+
+def mistake(found: Any, kind: type, data: Any) -> ConfigError:
+    path = [part for part in found["loc"] if part != "function-plain"]
+    where = ".".join(str(part) for part in path) or "the configuration"
+    cause = found.get("ctx", {}).get("error")
+    if found["type"] == "unexpected_keyword_argument":
+        parent = ".".join(map(str, path[:-1])) or "the configuration"
+        return plugins.unknown(f"{parent} has no `{path[-1]}`", str(path[-1]), fields_at(kind, data, path[:-1]))
+    if isinstance(cause, ConfigError):
+        return ConfigError(f"{where}: {cause.what}", hint=cause.hint)
+    if found["type"] in ("missing", "missing_argument"):
+        return ConfigError(f"{where} is missing", hint="`edgekd init` writes an example of the whole")
+    if found["type"] == "no_use":
+        return ConfigError(f"{where} {found['msg']}")
+    return ConfigError(f"{where} is {json.dumps(found['input'], default=str)}: {found['msg']}")
 
 
 def fields_at(kind: Any, data: Any, path: list[Any]) -> list[str]:
     """The keys that are allowed at `path` of a `kind`."""
     kind = concrete(kind, data)
     for part in path:
-        hint = typing.get_type_hints(kind).get(part) if isinstance(part, str) else next(iter(typing.get_args(kind)), None)
+        inner = (
+            typing.get_type_hints(kind) if isinstance(part, str) else {part: next(iter(typing.get_args(kind)), None)}
+        )
+        hint = inner.get(part)
         data = data[part]
         kind = concrete(hint, data)
     if not dataclasses.is_dataclass(kind):

@@ -49,7 +49,9 @@ def unknown(what: str, name: str, known: list[str]) -> ConfigError:
 def name_of(plugin: object) -> str:
     """The name under which a plug-in object was chosen."""
     module = type(plugin).__module__
-    return next((n for n, place in places(folder_of(type(plugin))).items() if place == module), module.rpartition(".")[2])
+    return next(
+        (n for n, place in places(folder_of(type(plugin))).items() if place == module), module.rpartition(".")[2]
+    )
 
 
 def folder_of(kind: type) -> str:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-TELLING = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16")
+TELLING = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+    "asimddp",
+    "i8mm",
+    "bf16",
+)
 
 
 @cache
@@ -15,5 +26,7 @@ def flags() -> tuple[str, ...]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return ()
-    found = next((set(line.partition(":")[2].split()) for line in lines if line.startswith(("flags", "Features"))), set())
+    found = next(
+        (set(line.partition(":")[2].split()) for line in lines if line.startswith(("flags", "Features"))), set()
+    )
     return tuple(flag for flag in TELLING if flag in found)

@@ -37,7 +37,9 @@ class Plugin(Settings):
                 return value
             if not isinstance(value, dict) or not isinstance(value.get("use"), str):
                 raise PydanticCustomError(
-                    "no_use", "names no plug-in; write `use:` and one of {known}", {"known": ", ".join(plugins.names(folder))}
+                    "no_use",
+                    "names no plug-in; write `use:` and one of {known}",
+                    {"known": ", ".join(plugins.names(folder))},
                 )
             kind = plugins.load(folder, value["use"])
             rest = {k: v for k, v in value.items() if k != "use"}

@@ -86,6 +86,6 @@ class Task:
         """(N, H, W, C) uint8 to the network's input, (N, C, H, W) float32."""
         import numpy as np
 
-        mean, std = np.float32(self.mean), np.float32(self.std)
+        mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
         scaled = (images.astype(np.float32) / np.float32(255) - mean) / std
         return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))

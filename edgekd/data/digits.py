@@ -46,11 +46,9 @@ class Digits(Source):
         test, rest = stratified(labels, TEST, SPLIT_SEED)
         held, kept = stratified(labels[rest], VALID, SPLIT_SEED + 1)
         train, valid = rest[kept], rest[held]
-        chosen = [first(limit, labels, part) for part in (train, valid, test)]
-        return Content(
-            *(Arrays(images[part], labels[part]) for part in chosen),
-            classes=tuple(str(d) for d in range(10)),
-        )
+        parts = [first(limit, labels, part) for part in (train, valid, test)]
+        training, validation, testing = (Arrays(images[part], labels[part]) for part in parts)
+        return Content(training, validation, testing, classes=tuple(str(d) for d in range(10)))
 
 
 def first(limit: int | None, labels: np.ndarray, part: np.ndarray) -> np.ndarray:

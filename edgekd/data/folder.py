@@ -12,8 +12,8 @@ import numpy as np
 
 from edgekd.core.errors import ConfigError, DataError
 from edgekd.core.progress import bar
-from edgekd.core.task import Arrays, Augment, Content, Source
 from edgekd.core.splits import stratified
+from edgekd.core.task import Arrays, Augment, Content, Source
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 SHOWN = 3  # unreadable files that an error names
@@ -81,7 +81,9 @@ class Folder(Source):
             )
         names = sorted(p.name for p in home.iterdir() if p.is_dir())
         if not names:
-            raise DataError(f"`{home}` has no class folders", hint="put the images of each class in a folder of its own")
+            raise DataError(
+                f"`{home}` has no class folders", hint="put the images of each class in a folder of its own"
+            )
         return names
 
     def files(self, part: str, limit: int | None = None) -> list[Path]:

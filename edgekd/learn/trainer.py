@@ -21,6 +21,8 @@ from edgekd.core.progress import Advance
 from edgekd.core.settings import Settings
 from edgekd.learn.feed import Feed
 
+Precision = Literal["auto", "fp32", "bf16"]
+
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
@@ -31,7 +33,7 @@ class TrainConfig(Settings):
     momentum: float = 0.9
     weight_decay: float = 5e-4
     warmup: float = 0.05  # share of the budget
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the processor has it
+    precision: Precision = "auto"  # auto: bf16 autocast where the processor has it
 
     def __post_init__(self) -> None:
         for name in ("batch", "lr"):
@@ -45,7 +47,7 @@ class TrainConfig(Settings):
         return self.lr * 0.5 * (1 + math.cos(math.pi * (done - self.warmup) / (1 - self.warmup)))
 
 
-def resolved(precision: str) -> str:
+def resolved(precision: Precision) -> Precision:
     """What `auto` means on this machine."""
     if precision != "auto":
         return precision
@@ -64,7 +66,8 @@ class Trainer:
         """Train phase `number` of a script; go on from `checkpoint` if an earlier run left one."""
         freeze(lesson)
         for module in phase.trains:
-            module.to(self.device, memory_format=torch.channels_last).requires_grad_(True)
+            arrange(module, self.device)
+            module.requires_grad_(True)
         optimiser = self.optimiser(phase)
         curve = restore(checkpoint, phase, optimiser)
         advance(len(curve))
@@ -108,7 +111,7 @@ class Trainer:
                     hint="lower train.lr, or set train.precision to fp32; finished epochs are kept",
                 )
             optimiser.zero_grad(set_to_none=True)
-            total.backward()
+            total.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             for name, value in losses.items():
                 sums[name] += value.item()
@@ -144,6 +147,11 @@ class Trainer:
     def sample(self, count: int) -> Iterator[Batch]:
         for _, (x, y, index) in zip(range(count), self.train.ordered(self.config.batch), strict=False):
             yield Batch(x, y, index, 0.0)
+
+
+def arrange(module: nn.Module, device: torch.device) -> None:
+    """Move a module to where it is fast: on its device, in channels-last order."""
+    module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def freeze(lesson: Lesson) -> None:

@@ -61,7 +61,9 @@ def read(path: Path, trust: bool) -> dict[str, Tensor]:
             hint="save its state_dict() as safetensors, or set `trust: true` if you know where the file comes from",
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"`{path}` is not a torch checkpoint ({str(error)[:120]})", hint="export it anew") from None
+        raise CheckpointError(
+            f"`{path}` is not a torch checkpoint ({str(error)[:120]})", hint="export it anew"
+        ) from None
     return unwrapped(content, path)
 
 
@@ -77,4 +79,6 @@ def unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
                 return tensors
             break
         content = inner
-    raise CheckpointError(f"`{path}` holds no state dict", hint=f"save `network.state_dict()`, or wrap it as {WRAPPERS}")
+    raise CheckpointError(
+        f"`{path}` holds no state dict", hint=f"save `network.state_dict()`, or wrap it as {WRAPPERS}"
+    )

@@ -24,7 +24,6 @@ Deviations from the paper, and why:
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,7 +115,9 @@ class KPN(Method):
             for s, here in thin
             for t, there in wide
             if t.size == s.size
-            and (1 - self.receptive_tolerance) * t.receptive <= s.receptive <= (1 + self.receptive_tolerance) * t.receptive
+            and (1 - self.receptive_tolerance) * t.receptive
+            <= s.receptive
+            <= (1 + self.receptive_tolerance) * t.receptive
         ]
         if not fitting:
             sizes = [sorted({"{}x{}".format(*layer.size) for layer, _ in side}) for side in (wide, thin)]
@@ -124,14 +125,14 @@ class KPN(Method):
                 "no layer of the student fits one of the teacher in size and receptive field "
                 f"(teacher: {', '.join(sizes[0])}; student: {', '.join(sizes[1])}; "
                 f"receptive_tolerance {self.receptive_tolerance})",
-                hint="raise receptive_tolerance, name `routes`, or choose a student that shrinks its maps as the teacher does",
+                hint="raise receptive_tolerance, name `routes`, or choose a student that shrinks maps alike",
             )
         ranked = sorted(fitting, key=lambda item: item[:2])
-        enders = {}  # at first one route for each student layer, so that depths compete
+        first: dict[str, Candidate] = {}  # one route for each student layer, so that depths compete
         for _, _, route in ranked:
-            enders.setdefault(route.student.path, route)
-        rest = [route for _, _, route in ranked if route not in enders.values()]
-        return [*enders.values(), *rest][: self.candidates]
+            first.setdefault(route.student.path, route)
+        rest = [route for _, _, route in ranked if route not in first.values()]
+        return [*first.values(), *rest][: self.candidates]
 
     def first_stage(self, name: str, lesson: Lesson, pupils: list[Pupil], spent: int, epochs: int) -> Phase:
         teacher = Taps(lesson.teachers[0], *{p.route.teacher.path for p in pupils})
@@ -236,7 +237,7 @@ def named(lesson: Lesson, route: Route, x: Tensor) -> Candidate:
         )
     if not cuts(lesson.student, route.student, x):
         raise ConfigError(
-            f"the student has paths around layer `{route.student}`, so a feature injected there would not replace its front",
+            f"the student has paths around layer `{route.student}`, so injecting there would not replace its front",
             hint="choose a layer that everything passes through, such as the end of a block",
         )
     return Candidate(teacher, student)

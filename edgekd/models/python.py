@@ -1,4 +1,4 @@
-"""A network from the user's own code: `function: package.module:name` is called with `args` and returns an nn.Module."""
+"""A network from the user's own code: `function: package.module:name`, called with `args`, returns an nn.Module."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class Python(Model):
             spec = None
         if spec is None or spec.origin is None:
             raise ConfigError(
-                f"there is no Python module `{module}`", hint="run from the folder that holds it, or install its package"
+                f"there is no Python module `{module}`",
+                hint="run from the folder that holds it, or install its package",
             )
         return Path(spec.origin)
 

@@ -37,7 +37,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
-        return self.act2(self.join(branch, self.shortcut(x)))
+        out: Tensor = self.act2(self.join(branch, self.shortcut(x)))
+        return out
 
 
 class CifarResNet(nn.Module):
@@ -57,13 +58,12 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stage3(self.stage2(self.stage1(self.stem(x))))
-        return self.head(x.mean((2, 3)))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
 
 
 def conv_bn(entering: int, width: int, kernel: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(entering, width, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(width)
-    )
+    return nn.Sequential(nn.Conv2d(entering, width, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(width))
 
 
 def stage(entering: int, width: int, blocks: int, stride: int) -> nn.Sequential:

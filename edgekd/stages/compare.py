@@ -86,7 +86,9 @@ def table(result: BenchResult) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     machine, runtime = result.machine, result.runtime
     if machine and runtime:
-        lines.append(f"{machine.processor}, {runtime.name} {runtime.version}, threads: {runtime.threads}, {result.started}")
+        lines.append(
+            f"{machine.processor}, {runtime.name} {runtime.version}, threads: {runtime.threads}, {result.started}"
+        )
     if result.aa:
         lines.append(f"A/A control: {words.near_one(result.aa)}")
     return "\n".join([*lines, *(f"warning: {warning}" for warning in result.warnings)])

@@ -27,7 +27,8 @@ from edgekd.core.splits import stratified
 from edgekd.core.task import Arrays, Augment, Task
 from edgekd.learn import weights
 from edgekd.learn.feed import Feed
-from edgekd.learn.trainer import TrainConfig, Trainer, freeze, replace as write
+from edgekd.learn.trainer import TrainConfig, Trainer, arrange, freeze
+from edgekd.learn.trainer import replace as write
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def recall(slot: Path, phase: Phase) -> PhaseRecord | None:
     states = torch.load(slot / "trains.pt", weights_only=True)
     for module, state in zip(phase.trains, states, strict=True):
         module.load_state_dict(state)
-        module.to(memory_format=torch.channels_last).eval()
+        module.eval()
     return plain.load(PhaseRecord, json.loads((slot / "phase.json").read_text()))
 
 
@@ -187,7 +188,8 @@ def network(trained: Trained, task: Task) -> nn.Module:
 
 
 def placed(module: nn.Module, device: torch.device) -> nn.Module:
-    return module.to(device, memory_format=torch.channels_last)
+    arrange(module, device)
+    return module
 
 
 @torch.no_grad()

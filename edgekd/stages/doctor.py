@@ -39,8 +39,12 @@ def examine(place: Path) -> list[Finding]:
             Finding("int8", False, "no INT8 dot products", "expect little speed-up; weights are kept to 7 bits on x86")
         )
     free = shutil.disk_usage(place).free / 2**30
-    found.append(Finding("disk", free > DISK_GIB, f"{free:.1f} GiB free in {place}", "free some, or use --out elsewhere"))
+    found.append(
+        Finding("disk", free > DISK_GIB, f"{free:.1f} GiB free in {place}", "free some, or use --out elsewhere")
+    )
     for name in plugins.names("targets"):
         reason = plugins.load("targets", name)().missing()
-        found.append(Finding(f"target {name}", not reason, reason or "can be measured here", "a build leaves it unmeasured"))
+        found.append(
+            Finding(f"target {name}", not reason, reason or "can be measured here", "a build leaves it unmeasured")
+        )
     return found

@@ -40,9 +40,7 @@ class QuantizeConfig(Settings):
 
     def __post_init__(self) -> None:
         if not 50 < self.percentile <= 100:
-            raise ConfigError(
-                f"percentile is {self.percentile}", hint="use a percentage above 50, such as 99.99"
-            )
+            raise ConfigError(f"percentile is {self.percentile}", hint="use a percentage above 50, such as 99.99")
 
 
 @dataclass(frozen=True)

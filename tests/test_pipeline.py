@@ -1,0 +1,165 @@
+"""The main job, end to end and in a real process: a smoke build of the digits, and what it leaves behind."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def edgekd(*words, cwd, check=True, **kwargs):
+    command = [sys.executable, "-m", "edgekd", *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False, **kwargs)
+    if check:
+        assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    home = tmp_path_factory.mktemp("build")
+    done = edgekd("build", "digits", "--smoke", "--target", "cpu", "--out", "out", "--json", cwd=home)
+    return home, json.loads(done.stdout)
+
+
+def test_a_build_measures_teacher_student_and_baselines(built):
+    home, summary = built
+    models = summary["models"]
+    assert list(models) == ["teacher fp32", "kpn fp32", "kpn int8", "alone fp32", "kd fp32"]
+    assert all(0 <= m["top1"] <= 100 and m["p50_ms"] > 0 for m in models.values())
+    assert models["kpn int8"]["agreement"] > 80
+
+
+def test_the_score_is_what_the_file_answers_in_its_runtime(built):
+    home, summary = built
+    steps = home / "out" / "steps"
+    inputs = np.load(next(steps.glob("exam-*/inputs.npy")))
+    labels = np.load(next(steps.glob("data-*/test-labels.npy")))
+    session = onnxruntime.InferenceSession(next(steps.glob("quantize-kpn-cpu-*/kpn-int8.onnx")))
+    logits = np.concatenate([session.run(None, {"image": x[None]})[0] for x in inputs])
+    want = 100 * (logits.argmax(1) == labels).mean()
+    assert summary["models"]["kpn int8"]["top1"] == pytest.approx(want)
+
+
+def test_the_report_is_there_in_three_forms_and_needs_no_network(built):
+    out = built[0] / "out"
+    html = (out / "report.html").read_text()
+    assert "kpn int8" in html and "<script" not in html and "http://" not in html and "https://" not in html
+    assert "kpn int8" in (out / "report.md").read_text()
+    record = json.loads((out / "report.json").read_text())
+    assert {r["method"] for r in record["students"]} == {"kpn", "alone", "kd"}
+    assert record["students"][0]["notes"]["chosen"]
+    assert record["benches"][0]["machine"]["processor"]
+
+
+def test_the_calibration_set_is_kept_with_its_manifest(built):
+    kept = built[0] / "calib_data" / "digits-smoke"
+    manifest = json.loads((kept / "manifest.json").read_text())
+    assert manifest["split"] == "train" and manifest["count"] == 16
+    assert hashlib.sha256((kept / "images.npz").read_bytes()).hexdigest() == manifest["file"]["sha256"]
+
+
+def test_a_second_build_makes_nothing_new(built):
+    home, _ = built
+    steps = home / "out" / "steps"
+    before = {p: p.stat().st_mtime_ns for p in steps.rglob("*") if p.name != "lock"}
+    done = edgekd("build", "digits", "--smoke", "--target", "cpu", "--out", "out", "--json", cwd=home)
+    assert {p: p.stat().st_mtime_ns for p in steps.rglob("*") if p.name != "lock"} == before
+    assert json.loads(done.stdout) == built[1]
+    assert "..." not in done.stderr
+
+
+def test_a_report_is_written_again_from_its_json(built, tmp_path):
+    shutil.copytree(built[0] / "out", tmp_path / "out", ignore=shutil.ignore_patterns("steps"))
+    (tmp_path / "out" / "report.html").unlink()
+    edgekd("report", "out", cwd=tmp_path)
+    assert (tmp_path / "out" / "report.html").read_bytes() == (built[0] / "out" / "report.html").read_bytes()
+
+
+def test_a_changed_artefact_is_refused(built, tmp_path):
+    shutil.copytree(built[0] / "out", tmp_path / "out")
+    model = next((tmp_path / "out" / "steps").glob("export-kpn-*/kpn.onnx"))
+    model.write_bytes(model.read_bytes() + b"x")
+    done = edgekd("build", "digits", "--smoke", "--target", "cpu", "--out", "out", cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "changed since it was recorded" in done.stderr
+
+
+def test_a_killed_build_goes_on_and_ends_with_the_same_students(built, tmp_path):
+    words = ["build", "digits", "--smoke", "--target", "cpu", "--out", "out"]
+    command = [sys.executable, "-m", "edgekd", *words]
+    child = subprocess.Popen(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL
+    )
+    until = time.monotonic() + 60
+    while not list(tmp_path.rglob("distill-kpn-*/.work/*/epoch.pt")) and time.monotonic() < until:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    edgekd(*words, cwd=tmp_path)
+    for pattern in ("teacher-*/teacher.safetensors", "distill-*/*.safetensors", "quantize-*/*.onnx"):
+        whole = {p.name: p.read_bytes() for p in (built[0] / "out" / "steps").glob(pattern)}
+        resumed = {p.name: p.read_bytes() for p in (tmp_path / "out" / "steps").glob(pattern)}
+        assert whole == resumed and whole
+
+
+def test_stages_work_alone_on_files_of_any_origin(built, tmp_path):
+    steps = built[0] / "out" / "steps"
+    model = next(steps.glob("export-alone-*/alone.onnx"))
+    calib = built[0] / "calib_data" / "digits-smoke" / "images.npz"
+    weights = next(steps.glob("distill-alone-*/alone.safetensors"))
+    made = edgekd("quantize", model, "--calib", calib, "--target", "cpu", "-o", "q.onnx", "--json", cwd=tmp_path)
+    assert json.loads(made.stdout)["precision"] == "int8"
+    words = ["--model", "resnet:depth=8,width=16", "--checkpoint", weights, "--images", calib, "--classes", "10"]
+    edgekd("export", *words, "-o", "again.onnx", cwd=tmp_path)
+    done = edgekd("bench", "again.onnx", "q.onnx", "--target", "cpu", "--smoke", "--json", cwd=tmp_path)
+    assert [m["contestant"]["name"] for m in json.loads(done.stdout)["measurements"]] == ["again.onnx", "q.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["build", "digit"], 2, "did you mean `digits`?"),
+        (["build", "--target", "cpuu"], 2, "did you mean `cpu`?"),
+        (["build", "--set", "student.epoch=3"], 2, "student has no `epoch`"),
+        (["build", "--set", "teacher.checkpoint=none.pt", "--smoke"], 2, "there is no file `none.pt`"),
+        (["build", "cifar10", "--set", "data.root=nowhere"], 2, "there is no folder `nowhere/train`"),
+        (["quantize", "none.onnx", "--calib", "x.npz", "-o", "y.onnx"], None, "none.onnx"),
+        (["bench", "none.onnx"], None, "none.onnx"),
+        (["report", "nowhere"], 2, "report.json"),
+        (["list", "method"], 2, "did you mean `methods`?"),
+        (["bild"], 2, "bild"),
+        (["build", "--out"], 2, "--out"),
+    ],
+)
+def test_a_mistake_ends_with_a_sentence_a_hint_and_the_right_code(words, code, says, tmp_path):
+    done = edgekd(*words, cwd=tmp_path, check=False)
+    assert done.returncode in ((1, 2) if code is None else (code,))
+    assert says in done.stderr
+    assert done.stdout == ""
+
+
+def test_init_writes_a_configuration_that_builds(tmp_path):
+    edgekd("init", cwd=tmp_path)
+    assert "# " in (tmp_path / "edgekd.yaml").read_text()
+    again = edgekd("init", cwd=tmp_path, check=False)
+    assert again.returncode == 2 and "exists" in again.stderr
+    made = edgekd("distill", "edgekd.yaml", "--smoke", "--set", "student.baselines=[]", "--json", cwd=tmp_path)
+    assert [row["name"] for row in json.loads(made.stdout)] == ["teacher", "kpn", "alone"]
+
+
+def test_list_and_doctor_speak_to_machines_too(tmp_path):
+    assert "kpn" in json.loads(edgekd("list", "methods", "--json", cwd=tmp_path).stdout)["methods"]
+    assert {"what", "fine", "detail", "fix"} == set(json.loads(edgekd("doctor", "--json", cwd=tmp_path).stdout)[0])

@@ -1,0 +1,175 @@
+"""Training: the schedule, a loss that is not finite, checkpoints that fit or are refused."""
+
+import pickle
+
+import pytest
+import torch
+
+from edgekd.core.artifact import File
+from edgekd.core.errors import CheckpointError, ConfigError, TrainingError
+from edgekd.core.method import Lesson, Method, Phase
+from edgekd.core.model import Model
+from edgekd.core.task import Augment
+from edgekd.learn import weights
+from edgekd.learn.losses import soft_kl
+from edgekd.learn.trainer import TrainConfig
+from edgekd.methods.alone import Alone
+from edgekd.models.python import Python
+from edgekd.models.resnet import ResNet
+from edgekd.stages.distill import Course, a_trainer, adopt, check_answers, distill
+from tests import zoo
+
+
+def test_the_rate_rises_linearly_then_falls_as_a_cosine_to_zero():
+    config = TrainConfig(lr=0.4, warmup=0.2)
+    assert config.rate(0.1) == pytest.approx(0.2)
+    assert config.rate(0.2) == pytest.approx(0.4)
+    assert config.rate(0.6) == pytest.approx(0.2)
+    assert config.rate(1.0) == pytest.approx(0.0)
+
+
+def test_softened_logits_by_hand():
+    # T = 2: teacher (0, 2 ln 3) -> (1/4, 3/4), student (0, 0) -> (1/2, 1/2)
+    teacher = torch.tensor([[0.0, 2 * torch.log(torch.tensor(3.0)).item()]])
+    want = 4 * (0.25 * torch.log(torch.tensor(0.5)) + 0.75 * torch.log(torch.tensor(1.5)))
+    assert soft_kl(torch.zeros(1, 2), teacher, 2.0).item() == pytest.approx(want.item(), rel=1e-5)
+
+
+class Exploding(Method):
+    def teach(self, lesson):
+        student = lesson.student
+
+        def loss(batch):
+            return {"task": student(batch.x).sum() * (float("nan") if batch.progress > 0.5 else 1e-6)}
+
+        yield Phase("explode", trains=(student,), loss=loss, epochs=lesson.epochs)
+        return {"student": student}
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_finished_epochs(tmp_path):
+    task = zoo.blobs_task(tmp_path / "data")
+    course = Course(4, TrainConfig(batch=16, precision="fp32"), Augment(), 0)
+    with pytest.raises(TrainingError) as error:
+        distill(tmp_path, "s", task, ResNet(8, 4), Exploding(), course, ())
+    assert "phase `explode`, epoch 3, step 2 (task nan)" in str(error.value)
+    assert "lower train.lr" in error.value.hint
+    assert list(tmp_path.rglob("epoch.pt"))
+
+
+def a_net():
+    return ResNet(8, 4).build(3, 1)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"state_dict": s, "epoch": 3},
+        lambda s: {"model": {f"module.{k}": v for k, v in s.items()}},
+    ],
+)
+def test_a_state_dict_is_found_however_it_is_wrapped(wrap, tmp_path):
+    source, other = a_net(), a_net()
+    torch.save(wrap(source.state_dict()), tmp_path / "c.pt")
+    weights.load(other, tmp_path / "c.pt")
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), other.parameters(), strict=True))
+
+
+def test_weights_survive_safetensors(tmp_path):
+    source, other = a_net().to(memory_format=torch.channels_last), a_net()
+    weights.save(source, tmp_path / "w.safetensors")
+    weights.load(other, tmp_path / "w.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), other.parameters(), strict=True))
+
+
+class Payload:
+    """Would write a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
+    with (tmp_path / "evil.pt").open("wb") as stream:
+        pickle.dump({"state_dict": Payload(tmp_path / "harm")}, stream, protocol=2)
+    with pytest.raises(CheckpointError):
+        weights.load(a_net(), tmp_path / "evil.pt")
+    torch.save({"x": Payload(tmp_path / "harm")}, tmp_path / "evil2.pt")
+    with pytest.raises(CheckpointError, match="would run code") as error:
+        weights.load(a_net(), tmp_path / "evil2.pt")
+    assert "trust: true" in error.value.hint
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (lambda: ResNet(8, 4).build(100, 1).state_dict(), "`head.weight` is (100, 16), the network's is (3, 16)"),
+        (lambda: {k: v for k, v in a_net().state_dict().items() if k != "head.bias"}, "lacks `head.bias`"),
+        (lambda: a_net().state_dict() | {"more": torch.ones(1)}, "has `more`, which the network has not"),
+        (lambda: {"epoch": 3}, "holds no state dict"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_named(content, says, tmp_path):
+    torch.save(content(), tmp_path / "c.pt")
+    with pytest.raises(CheckpointError) as error:
+        weights.load(a_net(), tmp_path / "c.pt")
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["c.pt", "c.safetensors"])
+def test_a_file_that_is_no_checkpoint_is_named(name, tmp_path):
+    (tmp_path / name).write_bytes(b"nothing of the kind")
+    with pytest.raises(CheckpointError):
+        weights.load(a_net(), tmp_path / name)
+    with pytest.raises(ConfigError, match="there is no checkpoint"):
+        weights.load(a_net(), tmp_path / f"no-{name}")
+
+
+def a_lesson(tmp_path, student, teachers=()):
+    task = zoo.blobs_task(tmp_path)
+    trainer = a_trainer(task, Course(1, TrainConfig(precision="fp32"), Augment(), 0), torch.device("cpu"))
+    return Lesson(student, teachers, 1, 3, trainer.sample), task
+
+
+def test_a_teacher_with_other_classes_is_named(tmp_path):
+    lesson, task = a_lesson(tmp_path, a_net(), (ResNet(8, 4).build(7, 1),))
+    with pytest.raises(ConfigError, match=r"the teacher answers \(2, 7\) for 2 images; the data has 3 classes"):
+        check_answers(lesson, task)
+
+
+def test_a_teacher_of_ones_own_is_adopted(tmp_path):
+    task = zoo.blobs_task(tmp_path)
+    torch.save(zoo.Toy(4).state_dict(), tmp_path / "toy.pt")
+    made = adopt(tmp_path, "t", task, Python("tests.zoo:Toy", {"width": 4}), File.of(tmp_path / "toy.pt"), False)
+    assert made.weights.parameters == sum(p.numel() for p in zoo.Toy(4).parameters())
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "says"),
+    [
+        ("nowhere.at_all:f", {}, "there is no Python module `nowhere.at_all`"),
+        ("tests.zoo:Toyy", {}, "`tests.zoo` has no function `Toyy`"),
+        ("tests.zoo:Blobs", {"count": 3}, "`tests.zoo:Blobs` returned Blobs"),
+    ],
+)
+def test_a_function_that_makes_no_network_is_named(function, args, says):
+    with pytest.raises(ConfigError) as error:
+        Python(function, args).build(3, 1)
+    assert says in str(error.value)
+
+
+def test_more_labels_than_there_are_is_refused(tmp_path):
+    task = zoo.blobs_task(tmp_path / "data")
+    course = Course(1, TrainConfig(), Augment(), 0, labels_per_class=99)
+    with pytest.raises(ConfigError, match="labels_per_class is 99, but training holds 48 images of 3 classes"):
+        distill(tmp_path, "s", task, ResNet(8, 4), Alone(), course, ())
+
+
+def test_a_family_of_networks_is_settings_only():
+    assert issubclass(ResNet, Model)
+    with pytest.raises(ConfigError, match="which no ResNet of the CIFAR family has"):
+        ResNet(depth=9)
