@@ -55,6 +55,7 @@ class KPN(Method):
     search: float = 0.2  # share of the budget, within stage 1, over which routes are dropped
     weight: float = 0.6  # lambda
     negative: float = 0.25  # eta
+    restart: float = 0.5  # where in the learning-rate schedule stage 2 starts; stage 1 runs through all of it
     projection_decay: float = 1e-3  # weight decay of P in stage 1; none in stage 2
     logits: float = 0.0  # weight of softened logits within L_p
     temperature: float = 4.0
@@ -78,7 +79,7 @@ class KPN(Method):
         spent = 0
         periods = [len(p) for p in np.array_split(np.arange(search), min(search, len(pupils) - 1))] if search else []
         for number, period in enumerate(periods, 1):
-            outcome = yield self.first_stage(f"search{number}", lesson, pupils, spent, period)
+            outcome = yield self.first_stage(f"search{number}", lesson, pupils, spent, period, end)
             spent += period
             ranked = sorted(pupils, key=lambda p: p.joint(outcome.losses))
             for pupil in pupils:
@@ -90,7 +91,7 @@ class KPN(Method):
         lesson.note("routes", [told(r, history[r.name], dropped.get(r.name)) for r in chosen])
         lesson.note("chosen", {"teacher": winner.route.teacher.path, "student": winner.route.student.path})
         if spent < end:
-            yield self.first_stage("project", lesson, [winner], spent, end - spent)
+            yield self.first_stage("project", lesson, [winner], spent, end - spent, end)
         lesson.student.load_state_dict(winner.student.state_dict())
         winner.student = lesson.student
         yield self.second_stage(lesson, winner, end)
@@ -134,7 +135,7 @@ class KPN(Method):
         rest = [route for _, _, route in ranked if route not in first.values()]
         return [*first.values(), *rest][: self.candidates]
 
-    def first_stage(self, name: str, lesson: Lesson, pupils: list[Pupil], spent: int, epochs: int) -> Phase:
+    def first_stage(self, name: str, lesson: Lesson, pupils: list[Pupil], spent: int, epochs: int, end: int) -> Phase:
         teacher = Taps(lesson.teachers[0], *{p.route.teacher.path for p in pupils})
 
         def loss(batch: Batch) -> Losses:
@@ -155,7 +156,7 @@ class KPN(Method):
             trains=tuple(module for p in pupils for module in (p.student, p.projection)),
             loss=loss,
             epochs=epochs,
-            span=(spent / lesson.epochs, (spent + epochs) / lesson.epochs),
+            span=(spent / end, (spent + epochs) / end),
             decay={p.projection: self.projection_decay for p in pupils},
         )
 
@@ -179,7 +180,7 @@ class KPN(Method):
             trains=(lesson.student, pupil.projection),
             loss=loss,
             epochs=lesson.epochs - spent,
-            span=(spent / lesson.epochs, 1.0),
+            span=(self.restart, 1.0),
             decay={pupil.projection: 0.0},
         )
 
@@ -191,10 +192,10 @@ class KPN(Method):
         return (1 - self.logits) * cross_entropy(logits, labels) + self.logits * soft
 
     def gap(self, projected: Tensor, own: Tensor) -> Tensor:
-        """L_KP of (N, C, H, W) features, relative to the mean size of the projected one."""
+        """L_KP of (N, C, H, W) features: summed over C, mean over the rest, relative to the mean size of `projected`."""
         r, v = projected.float(), own.float()
         relaxed = torch.where(r >= 0, 1.0, self.negative)
-        return (relaxed * (r - v).abs()).mean() / r.detach().abs().mean().clamp_min(1e-6)
+        return (relaxed * (r - v).abs()).sum(1).mean() / r.detach().abs().mean().clamp_min(1e-6)
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,8 @@ class Pupil:
         self.taps = Taps(self.student, route.student.path)
 
     def joint(self, losses: dict[str, float]) -> float:
-        return losses[f"{self.name}:task"] + losses[f"{self.name}:project"]
+        """The joint loss on validation data; L_KP per element, so that wide layers do not look worse."""
+        return losses[f"{self.name}:task"] + losses[f"{self.name}:project"] / self.route.student.channels
 
 
 def placed(found: list[Layer]) -> list[tuple[Layer, float]]:

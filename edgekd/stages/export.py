@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 from edgekd.core import onnx_facts, onnx_files
 from edgekd.core.errors import ConfigError, ExportError, ParityError
-from edgekd.core.onnx_facts import Exported as Exported
-from edgekd.core.onnx_facts import OnnxFacts
+from edgekd.core.onnx_facts import Exported, OnnxFacts
 from edgekd.core.settings import Settings
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -51,15 +52,15 @@ class Ranges:
 
 
 def quantize(out: Path, model: Exported, images: File, dialect: Dialect, config: QuantizeConfig) -> Exported:
-    """Both files of `model` in INT8, with the same ranges: calibrated once, on the file with batch 1.
+    """Both files of `model` in INT8, with the same ranges: calibrated once, one image at a time.
 
     Raises ModelError if the files cannot be quantized, DataError if the calibration images do not fit.
     """
     inputs = load_calibration(images.path, model.single.input)
-    ranges = calibrate(model.single.file.path, inputs, config)
+    ranges = calibrate(model.dynamic.file.path, inputs, config)  # some of its tensors are constants in the other
     name = f"{model.single.name}-int8"
     single = convert(model.single.file.path, out / f"{name}.onnx", inputs, dialect, ranges)
-    dynamic = convert(model.dynamic.file.path, out / f"{name}-dynamic.onnx", inputs, dialect, ranges)
+    dynamic = convert(model.dynamic.file.path, out / f"{name}-dynamic.onnx", inputs, dialect, ranges, single.macs)
     return Exported(single, dynamic)
 
 
@@ -94,7 +95,8 @@ def calibrate(path: Path, inputs: np.ndarray, config: QuantizeConfig) -> Ranges:
     method, options = kinds[config.method]
     # an average must see all at once: onnxruntime gives every later chunk a weight of 1 %; it keeps two numbers each
     step = len(inputs) if config.method == "moving_average" else batch * CHUNK
-    with TemporaryDirectory(prefix="edgekd-") as folder, redirect_stdout(io.StringIO()):
+    with TemporaryDirectory(prefix="edgekd-") as folder, redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)  # an error below
         onnx.save(prepared(path), f"{folder}/model.onnx")
         calibrator = create_calibrator(
             Path(folder, "model.onnx"), None, f"{folder}/augmented.onnx", method, extra_options=options
@@ -103,7 +105,14 @@ def calibrate(path: Path, inputs: np.ndarray, config: QuantizeConfig) -> Ranges:
             for start in range(0, len(inputs), step):
                 calibrator.collect_data(Feed(facts.input.name, inputs[start : start + step], batch, advance))
         found = calibrator.compute_data()
-    return Ranges({name: (data.lowest.item(), data.highest.item()) for name, data in sorted(found.items())})
+    bounds = {name: (data.lowest.item(), data.highest.item()) for name, data in sorted(found.items())}
+    broken = [name for name, pair in bounds.items() if not np.isfinite(pair).all()]
+    if broken:
+        raise ModelError(
+            f"`{path}` computes numbers that are not finite on the calibration inputs, in the tensor `{broken[0]}`",
+            hint="look for weights that are not finite, or a training that diverged",
+        )
+    return Ranges(bounds)
 
 
 class Feed:
@@ -152,8 +161,13 @@ def prepared(path: Path) -> onnx.ModelProto:
         return onnx.load(f"{folder}/folded.onnx")
 
 
-def convert(path: Path, target: Path, inputs: np.ndarray, dialect: Dialect, ranges: Ranges) -> OnnxModel:
-    """Write `path` in INT8 to `target` and try it on `inputs`. Opset, IR version and metadata stay as they are."""
+def convert(
+    path: Path, target: Path, inputs: np.ndarray, dialect: Dialect, ranges: Ranges, macs: int | None = None
+) -> OnnxModel:
+    """Write `path` in INT8 to `target` and try it on `inputs`. Opset, IR version and metadata stay as they are.
+
+    `macs` are needed where the file computes with its batch size, so that they cannot be counted.
+    """
     import onnx
     from onnxruntime.quantization import QDQQuantizer, QuantType, TensorData, TensorsData
     from onnxruntime.quantization.calibrate import CalibrationMethod
@@ -183,7 +197,7 @@ def convert(path: Path, target: Path, inputs: np.ndarray, dialect: Dialect, rang
     made.ir_version = original.ir_version
     onnx_files.write(made, target, {entry.key: entry.value for entry in original.metadata_props})
     try_out(path, target, inputs)
-    return onnx_facts.described(target, target.stem)
+    return onnx_facts.described(target, target.stem, macs)
 
 
 def try_out(path: Path, target: Path, inputs: np.ndarray) -> None:
