@@ -1,5 +1,7 @@
 """KPN against its paper: the loss by hand, who learns from what, which route is dropped."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -22,11 +24,19 @@ def a_lesson(epochs=20):
     return Lesson(zoo.Toy(2).eval(), (zoo.Toy(4).eval(),), epochs, zoo.CLASSES, lambda n: iter([batch()]))
 
 
-def test_the_gap_is_the_masked_l1_of_the_paper_over_the_mean_size():
-    projected = torch.tensor([[[[2.0, -1.0]]]])
-    own = torch.tensor([[[[1.0, 1.0]]]])
-    # |2-1| counts whole, |-1-1| counts a quarter: mean (1 + 0.5) / 2; mean size of the projected (2 + 1) / 2
-    assert KPN().gap(projected, own).item() == pytest.approx(0.75 / 1.5)
+def test_the_gap_is_the_masked_l1_of_standardised_features():
+    projected = torch.tensor([[[[1.0, -1.0]]]])  # mean 0, standard deviation sqrt 2
+    # upside down: both positions differ by sqrt 2 after standardising; the negative one counts a quarter
+    assert KPN().gap(projected, -projected).item() == pytest.approx(math.sqrt(2) * (1 + 0.25) / 2, rel=1e-4)
+    # the same form at another level and size: only a tenth of the differences in mean and spread, over the spread
+    far = 2 * projected + 3
+    assert KPN().gap(projected, far).item() == pytest.approx(0.1 * (3 + math.sqrt(2)) / math.sqrt(2), rel=1e-4)
+
+
+def test_a_constant_is_no_way_to_make_the_gap_small():
+    projected = torch.randn(8, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    nearly_constant = 0.5 + 1e-3 * torch.randn(8, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+    assert KPN().gap(projected, nearly_constant) > KPN().gap(projected, projected + 0.8 * projected.flip(0))
 
 
 def gradients(loss, *modules):
@@ -61,6 +71,16 @@ def test_in_stage_1_the_front_learns_only_to_match_and_the_rear_and_projection_o
     assert gradients(losses[names[1]], *parts) == [True, True, False, False, False]
 
 
+def test_on_validation_data_a_route_is_judged_by_the_student_itself(route):
+    lesson = a_lesson()
+    first, _ = phases(route, lesson)
+    student = first.trains[0].eval()
+    with torch.no_grad():
+        losses = first.loss(batch())
+        want = nn.functional.cross_entropy(student(batch().x), batch().y)
+    assert losses["stage2>stage2:task"].item() == pytest.approx(want.item())
+
+
 def test_in_stage_2_the_student_runs_on_its_own_and_the_projection_fades(route):
     lesson = a_lesson()
     _, second = phases(route, lesson)
@@ -76,10 +96,10 @@ def test_in_stage_2_the_student_runs_on_its_own_and_the_projection_fades(route):
     assert start["task"].item() == pytest.approx(want.item())
 
 
-def test_the_stages_share_one_schedule_and_the_paper_s_weight_decay(route):
+def test_the_stages_have_the_paper_s_shares_and_weight_decay(route):
     first, second = phases(route, a_lesson())
     assert (first.epochs, second.epochs) == (8, 12)
-    assert first.span == (0.0, 0.4) and second.span == (0.4, 1.0)
+    assert first.span == (0.0, 1.0) and second.span == (0.0, 1.0)
     assert list(first.decay.values()) == [1e-3] and list(second.decay.values()) == [0.0]
 
 

@@ -1,7 +1,8 @@
-"""Progress with remaining time, on stderr: a bar in a terminal, plain lines elsewhere."""
+"""Progress with remaining time, on stderr: a bar in a terminal, plain lines elsewhere, nothing when quiet."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,9 @@ EVERY_S = 10.0  # between two plain lines
 @contextmanager
 def bar(label: str, total: int) -> Iterator[Advance]:
     """`with bar("epochs", 40) as advance: ... advance(note="loss 0.31")`."""
-    if sys.stderr.isatty():
+    if not logging.getLogger("edgekd").isEnabledFor(logging.INFO):
+        yield lambda steps=1, note="": None
+    elif sys.stderr.isatty():
         yield from _rich(label, total)
     else:
         yield from _plain(label, total)

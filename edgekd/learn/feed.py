@@ -28,10 +28,15 @@ class Feed:
         return -(-len(self) // batch)
 
     def shuffled(self, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """One epoch of (x, y, index). Batches differ by at most one image, so none is too small for BatchNorm."""
+        """One epoch of (x, y, index) in batches of like, even size: none is too small for BatchNorm.
+
+        Even, because torch 2.13 writes beyond its buffers in the backward pass of strided 1x1 convolutions with fewer
+        than 16 channels, channels-last, odd batch. If the split is odd, another image sits out each epoch.
+        """
         random = np.random.default_rng(seed)
-        for index in np.array_split(random.permutation(len(self)), self.steps(batch)):
-            yield self.gather(index, random)
+        pairs = random.permutation(len(self))[: len(self) // 2 * 2].reshape(-1, 2)
+        for index in np.array_split(pairs, min(self.steps(batch), len(pairs))):
+            yield self.gather(index.ravel(), random)
 
     def ordered(self, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """All images once, in order and as they are."""

@@ -4,7 +4,7 @@ A route joins a teacher layer to a student layer of equal spatial size through a
 projected teacher feature, v the student's own output at that layer, and h = 1 where r >= 0, else `negative`:
 
     L_KP = mean(h |r - v|)                                                              (eq. 9-10)
-    stage 1: L_p(rear(r)) + lambda L_KP; the rear part and P learn from L_p, the front part only from L_KP
+    stage 1: L_p(rear(r)) + L_KP; the rear part and P learn from L_p, the front part only from L_KP
     stage 2: L_p(student(x)) + lambda L_KP, with lambda fading from `weight` to 0       (eq. 7)
 
 Several routes are taught side by side, each with its own copy of the student, with one teacher pass per batch; after
@@ -13,11 +13,16 @@ each search period the one with the worst joint loss on validation data is dropp
 Deviations from the paper, and why:
 - Algorithm 1 drops the smallest loss; its text says the worst. The text is followed.
 - The mask of eq. 9 has the teacher's channels where a tensor of the student's is multiplied; the sign of r is used.
-- The route search lies within stage 1, whose joint loss it compares. All routes have the same lambda there.
+- r and v are standardised per channel before they are compared; mean and spread count apart, a little. Where the
+  student cannot foresee r, the plain L1 is smallest for a constant v: its BatchNorm gains vanish, and stage 2 starts
+  from a student that hardly learns (measured: docs/results.md).
+- In stage 1 the front part has no other loss, so lambda would only scale its steps, which are far too small with a
+  mean over elements. There L_KP is summed over channels. Everywhere else, and when routes are compared, it is a mean.
+- The route search lies within stage 1. On validation data L_p is that of the student itself, nothing injected: a route
+  is worth what its student has become, not how well its rear part reads the teacher. lambda is `weight` for all.
 - Candidates are layers that everything passes through, because only there does an injected feature replace the
-  student's front part; by themselves they are bounded to `candidates`, layers at like places of their stages first.
-- L_KP is divided by the mean of |r| (a constant for the gradient), so that neither routes with small features nor
-  a shrinking P look good, and `weight` means the same for every network.
+  student's front part. Of those that fit, `candidates` are tried, with the nearest receptive fields, deep ones first.
+- Each stage runs through a learning-rate schedule of its own (the paper gives none).
 - `logits` adds softened logits (Hinton et al., 2015) to L_p where teacher and student share the classes.
 """
 
@@ -37,6 +42,8 @@ from edgekd.learn.layers import Layer, cuts, layers, look
 from edgekd.learn.losses import cross_entropy, soft_kl
 from edgekd.learn.taps import Taps
 
+MOMENTS = 0.1  # weight of mean and spread beside the standardised features
+
 
 @dataclass(frozen=True)
 class Route(Settings):
@@ -55,7 +62,6 @@ class KPN(Method):
     search: float = 0.2  # share of the budget, within stage 1, over which routes are dropped
     weight: float = 0.6  # lambda
     negative: float = 0.25  # eta
-    restart: float = 0.5  # where in the learning-rate schedule stage 2 starts; stage 1 runs through all of it
     projection_decay: float = 1e-3  # weight decay of P in stage 1; none in stage 2
     logits: float = 0.0  # weight of softened logits within L_p
     temperature: float = 4.0
@@ -109,31 +115,23 @@ class KPN(Method):
         return search, end
 
     def candidate_routes(self, lesson: Lesson, x: Tensor) -> list[Candidate]:
-        """Routes between layers of equal size whose receptive fields agree; like places of their stages first."""
-        wide, thin = placed(layers(lesson.teachers[0], x)), placed(layers(lesson.student, x))
-        fitting = [
-            (abs(there - here), -s.receptive, Candidate(t, s))
-            for s, here in thin
-            for t, there in wide
-            if t.size == s.size
-            and (1 - self.receptive_tolerance) * t.receptive
-            <= s.receptive
-            <= (1 + self.receptive_tolerance) * t.receptive
-        ]
-        if not fitting:
-            sizes = [sorted({"{}x{}".format(*layer.size) for layer, _ in side}) for side in (wide, thin)]
+        """For each student layer the teacher layer of equal size with the nearest receptive field; deep ones first."""
+        wide, thin = layers(lesson.teachers[0], x), layers(lesson.student, x)
+        found = []
+        for student in reversed(thin):
+            fitting = [Candidate(t, student) for t in wide if t.size == student.size]
+            near = min(fitting, key=lambda c: c.mismatch, default=None)
+            if near and near.mismatch <= self.receptive_tolerance:
+                found.append(near)
+        if not found:
+            sizes = [sorted({"{}x{}".format(*layer.size) for layer in side}) for side in (wide, thin)]
             raise ConfigError(
                 "no layer of the student fits one of the teacher in size and receptive field "
                 f"(teacher: {', '.join(sizes[0])}; student: {', '.join(sizes[1])}; "
                 f"receptive_tolerance {self.receptive_tolerance})",
                 hint="raise receptive_tolerance, name `routes`, or choose a student that shrinks maps alike",
             )
-        ranked = sorted(fitting, key=lambda item: item[:2])
-        first: dict[str, Candidate] = {}  # one route for each student layer, so that depths compete
-        for _, _, route in ranked:
-            first.setdefault(route.student.path, route)
-        rest = [route for _, _, route in ranked if route not in first.values()]
-        return [*first.values(), *rest][: self.candidates]
+        return found[: self.candidates]
 
     def first_stage(self, name: str, lesson: Lesson, pupils: list[Pupil], spent: int, epochs: int, end: int) -> Phase:
         teacher = Taps(lesson.teachers[0], *{p.route.teacher.path for p in pupils})
@@ -144,11 +142,11 @@ class KPN(Method):
             losses: dict[str, Tensor] = {}
             for pupil in pupils:
                 projected = pupil.projection(known[pupil.route.teacher.path])
-                logits, own = pupil.taps(batch.x, {pupil.route.student.path: projected})
+                inject = {pupil.route.student.path: projected} if torch.is_grad_enabled() else {}
+                logits, own = pupil.taps(batch.x, inject)
                 losses[f"{pupil.name}:task"] = self.task(logits, answer, batch.y)
-                losses[f"{pupil.name}:project"] = self.weight * self.gap(
-                    projected.detach(), own[pupil.route.student.path]
-                )
+                gap = self.gap(projected.detach(), own[pupil.route.student.path])
+                losses[f"{pupil.name}:project"] = pupil.route.student.channels * gap
             return losses
 
         return Phase(
@@ -180,7 +178,6 @@ class KPN(Method):
             trains=(lesson.student, pupil.projection),
             loss=loss,
             epochs=lesson.epochs - spent,
-            span=(self.restart, 1.0),
             decay={pupil.projection: 0.0},
         )
 
@@ -192,16 +189,24 @@ class KPN(Method):
         return (1 - self.logits) * cross_entropy(logits, labels) + self.logits * soft
 
     def gap(self, projected: Tensor, own: Tensor) -> Tensor:
-        """L_KP of (N, C, H, W) features: summed over C, mean over the rest, relative to the mean size of `projected`."""
+        """L_KP of (N, C, H, W) features, standardised per channel, with a little for what that takes out."""
         r, v = projected.float(), own.float()
+        (level, spread), (own_level, own_spread) = moments(r), moments(v)
         relaxed = torch.where(r >= 0, 1.0, self.negative)
-        return (relaxed * (r - v).abs()).sum(1).mean() / r.detach().abs().mean().clamp_min(1e-6)
+        form = (relaxed * ((r - level) / spread - (v - own_level) / own_spread).abs()).mean()
+        size = (((level - own_level).abs() + (spread - own_spread).abs()) / spread).mean()
+        return form + MOMENTS * size
 
 
 @dataclass(frozen=True)
 class Candidate:
     teacher: Layer
     student: Layer
+
+    @property
+    def mismatch(self) -> float:
+        """By how much the receptive fields differ, as a share of the teacher's; at most beta (section 3.4)."""
+        return abs(self.student.receptive - self.teacher.receptive) / self.teacher.receptive
 
     @property
     def name(self) -> str:
@@ -212,20 +217,19 @@ class Pupil:
     """One route with what it trains: a copy of the student, and the projection."""
 
     def __init__(self, route: Candidate, lesson: Lesson, x: Tensor, method: KPN) -> None:
-        self.route, self.name = route, route.name
+        self.route, self.name, self.weight = route, route.name, method.weight
         self.student = copy.deepcopy(lesson.student)
         self.projection = nn.Conv2d(route.teacher.channels, route.student.channels, 1).to(x.device)
         self.taps = Taps(self.student, route.student.path)
 
     def joint(self, losses: dict[str, float]) -> float:
-        """The joint loss on validation data; L_KP per element, so that wide layers do not look worse."""
-        return losses[f"{self.name}:task"] + losses[f"{self.name}:project"] / self.route.student.channels
+        return losses[f"{self.name}:task"] + self.weight * losses[f"{self.name}:project"] / self.route.student.channels
 
 
-def placed(found: list[Layer]) -> list[tuple[Layer, float]]:
-    """Each layer with its place among those of its size: above 0 for the first, 1 for the last."""
-    order = {size: [layer for layer in found if layer.size == size] for size in {layer.size for layer in found}}
-    return [(layer, (order[layer.size].index(layer) + 1) / len(order[layer.size])) for layer in found]
+def moments(feature: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, (1, C, 1, 1)."""
+    over = (0, 2, 3)
+    return feature.mean(over, keepdim=True), feature.std(over, keepdim=True) + 1e-5
 
 
 def named(lesson: Lesson, route: Route, x: Tensor) -> Candidate:
