@@ -206,7 +206,7 @@ class Candidate:
     @property
     def mismatch(self) -> float:
         """By how much the receptive fields differ, as a share of the teacher's; at most beta (section 3.4)."""
-        return abs(self.student.receptive - self.teacher.receptive) / self.teacher.receptive
+        return abs(self.student.receptive - self.teacher.receptive) / max(self.teacher.receptive, 1)
 
     @property
     def name(self) -> str:
