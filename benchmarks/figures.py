@@ -6,6 +6,7 @@ make figures        (about five minutes on two cores; writes runs/figures/figure
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -94,6 +95,7 @@ def rate(precision: str, arrays: Arrays, task: Task) -> float:
 
 def digits() -> list[tuple[str, str]]:
     """A whole build of the embedded default, and a second one with nothing changed."""
+    shutil.rmtree(OUT / "digits", ignore_errors=True)
     words = ("build", "digits", "--target", "cpu", "--out", str(OUT / "digits"))
     started = time.perf_counter()
     subprocess.run([sys.executable, "-m", "edgekd", *words], check=True)

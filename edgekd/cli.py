@@ -51,9 +51,9 @@ def build(
     json_: Json = False,
 ) -> None:
     """Distil, export, quantize, verify, measure and report; what did not change is not done again."""
-    from edgekd import pipeline
+    from edgekd import configuration, pipeline
 
-    config = pipeline.configured(recipe, tuple(set_ or ()), tuple(target or ()), smoke)
+    config = configuration.configured(recipe, tuple(set_ or ()), tuple(target or ()), smoke)
     out = out or Path("runs") / config.name
     record = pipeline.build(config, out, calib_root, command=shlex.join(["edgekd", *sys.argv[1:]]))
     say(f"report: {out / 'report.html'}")
@@ -65,13 +65,12 @@ def distill(
     recipe: Recipe = "digits", set_: Sets = None, out: Out = None, smoke: Smoke = False, json_: Json = False
 ) -> None:
     """Train the teacher and the students only; prints where their weights are."""
-    from edgekd import pipeline
+    from edgekd import configuration, pipeline
 
-    config = pipeline.configured(recipe, tuple(set_ or ()), (), smoke)
+    config = configuration.configured(recipe, tuple(set_ or ()), (), smoke)
     students = pipeline.distilled(config, out or Path("runs") / config.name)
     rows = [{"name": w.name, "valid_accuracy": w.valid_accuracy, "file": str(w.file.path)} for w in students]
-    lines = [f"{w.name}: {w.valid_accuracy:.2%} of the validation images, {w.file.path}" for w in students]
-    emit(json_, rows, "\n".join(lines))
+    emit(json_, rows, "\n".join("{name}: validation accuracy {valid_accuracy}, {file}".format(**r) for r in rows))
 
 
 @app.command()

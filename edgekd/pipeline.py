@@ -11,91 +11,29 @@ from pathlib import Path
 import numpy as np
 
 from edgekd import __version__
-from edgekd.core import plain, plugins
+from edgekd.configuration import BuildConfig, unique
+from edgekd.core import plain, plugins, processor
 from edgekd.core.artifact import File, Weights
-from edgekd.core.config import read
 from edgekd.core.errors import ConfigError
-from edgekd.core.ledger import Ledger
-from edgekd.core.method import Method
-from edgekd.core.model import Model
+from edgekd.core.ledger import Ledger, code
 from edgekd.core.onnx_facts import Exported
 from edgekd.core.record import DataFacts, Record
-from edgekd.core.settings import Settings
 from edgekd.core.target import Target
-from edgekd.core.task import SPLITS, Source, Task
+from edgekd.core.task import SPLITS, Task
 from edgekd.core.trial import BenchResult, Contestant, Role
 from edgekd.learn.trainer import TrainConfig, resolved
 from edgekd.methods.alone import Alone
 from edgekd.stages.benchmark import BenchConfig, benchmark, runner_path
-from edgekd.stages.calibrate import CalibConfig, CalibrationSet, collect
+from edgekd.stages.calibrate import CalibrationSet, collect
 from edgekd.stages.carry import export_trained
 from edgekd.stages.compare import table
 from edgekd.stages.distill import Course, Trained, adopt, distill
-from edgekd.stages.export import ExportConfig
 from edgekd.stages.prepare import exam, prepare
-from edgekd.stages.quantize import QuantizeConfig, quantize
+from edgekd.stages.quantize import quantize
 from edgekd.stages.report import report
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")  # whose versions a result depends on
 Family = tuple[Trained, ...]  # what one method makes of one student
-
-
-@dataclass(frozen=True)
-class TeacherConfig(Settings):
-    model: Model
-    checkpoint: str = ""  # its weights; empty: it is trained in the build
-    trust: bool = False  # read a checkpoint that may run code
-    epochs: int = 30
-    train: TrainConfig = TrainConfig()
-    seed: int = 0
-    with_validation: bool = False  # learn from the validation split, too
-
-
-@dataclass(frozen=True)
-class StudentConfig(Settings):
-    model: Model
-    method: Method
-    baselines: tuple[Method, ...] = ()  # the same student taught otherwise; `alone` is always there
-    epochs: int = 40
-    train: TrainConfig = TrainConfig()
-    seed: int = 0
-    labels_per_class: int | None = None  # labelled training images of each class; None: all
-
-
-@dataclass(frozen=True)
-class BuildConfig(Settings):
-    name: str
-    data: Source
-    teacher: TeacherConfig
-    student: StudentConfig
-    targets: tuple[Target, ...]
-    export: ExportConfig = ExportConfig()
-    calib: CalibConfig = CalibConfig()
-    quantize: QuantizeConfig = QuantizeConfig()
-    bench: BenchConfig = BenchConfig()
-    images_per_class: int | None = None  # of each of training and test data; None: all
-
-
-def smoke(config: BuildConfig) -> BuildConfig:
-    """The same build in seconds: few images, few epochs, few timed calls. Its numbers mean nothing."""
-    return replace(
-        config,
-        name=f"{config.name}-smoke",
-        images_per_class=20,
-        teacher=replace(config.teacher, epochs=2),
-        student=replace(config.student, epochs=4, labels_per_class=None),
-        calib=replace(config.calib, images=16),
-        bench=replace(config.bench, blocks=4, calls=16, warmup_s=0.05, metrics=("top1", "agreement", "p50_ms")),
-    )
-
-
-def configured(recipe: str, overrides: tuple[str, ...], targets: tuple[str, ...], small: bool) -> BuildConfig:
-    """The configuration that a recipe or file describes. Raises ConfigError with every mistake at once."""
-    config = plain.load(BuildConfig, read(recipe, overrides))
-    if targets:
-        settings = {plugins.name_of(target): target for target in config.targets}
-        config = replace(config, targets=tuple(settings.get(t) or plugins.load("targets", t)() for t in targets))
-    return smoke(config) if small else config
 
 
 def build(config: BuildConfig, out: Path, calib_root: Path, command: str) -> Record:
@@ -106,15 +44,15 @@ def build(config: BuildConfig, out: Path, calib_root: Path, command: str) -> Rec
     ledger = Ledger(out / "steps")
     with ledger.locked():
         task = ledger.step("data", Task, prepare, config.data, config.images_per_class)
+        inputs = ledger.step("exam", File, exam, task)  # cheap, and may fail: before the hours of training
+        calib = ledger.step("calib", CalibrationSet, collect, task, config.calib, plugins.name_of(config.data))
+        replace_files((calib.images, calib.manifest), calib_root / config.name)
         teacher = teach(ledger, config, task)
         students = teach_students(ledger, config, task, teacher)
         exported = {
             t.weights.name: ledger.step(f"export-{t.weights.name}", Exported, export_trained, t, task, config.export)
             for t in (teacher, *students)
         }
-        calib = ledger.step("calib", CalibrationSet, collect, task, config.calib, plugins.name_of(config.data))
-        keep(calib, calib_root / config.name)
-        inputs = ledger.step("exam", File, exam, task)
         results = [
             deliver(ledger, config, target, task, calib, inputs, (teacher, *students), exported)
             for target in config.targets
@@ -133,7 +71,7 @@ def build(config: BuildConfig, out: Path, calib_root: Path, command: str) -> Rec
             versions={name: version(name) for name in PACKAGES},
             step_seconds=dict(ledger.seconds),
         )
-        publish(ledger.step("report", Rendered, rendered, record), out)
+        publish(ledger.given(templates()).step("report", Rendered, rendered, record), out)
     return record
 
 
@@ -182,13 +120,12 @@ def deliver(
 ) -> tuple[BenchResult, list[Exported]]:
     """Quantize the chosen method's students for one target, and measure them against everything else."""
     name = plugins.name_of(target)
-    chosen = plugins.name_of(config.student.method)
+    chosen = [t.weights.name for t in networks[1:] if t.weights.method == plugins.name_of(config.student.method)]
     int8s = {
         n: ledger.step(
             f"quantize-{n}-{name}", Exported, quantize, exported[n], calib.images, target.dialect, config.quantize
         )
-        for n in (t.weights.name for t in networks)
-        if n in {t.weights.name for t in networks[1:] if t.weights.method == chosen}
+        for n in chosen
     }
     contestants = []
     for trained in networks:
@@ -198,7 +135,7 @@ def deliver(
         if n in int8s:
             contestants.append(contestant(role, method, int8s[n]))
     reference = next(c.name for c in contestants if c.role == "student")
-    bench = ledger.step(
+    bench = ledger.given(circumstances(target, config.bench)).step(
         f"bench-{name}",
         BenchResult,
         benchmark,
@@ -209,7 +146,6 @@ def deliver(
         task.test.labels,
         reference,
         config.bench,
-        File.of(runner_path()),  # named, so that another runner measures anew
     )
     return bench, list(int8s.values())
 
@@ -227,14 +163,6 @@ def ready(config: TrainConfig) -> TrainConfig:
     return replace(config, precision=resolved(config.precision))
 
 
-def unique(methods: Iterable[Method]) -> list[Method]:
-    """The first of each name."""
-    first: dict[str, Method] = {}
-    for method in methods:
-        first.setdefault(plugins.name_of(method), method)
-    return list(first.values())
-
-
 def data_facts(config: BuildConfig, task: Task) -> DataFacts:
     counts = {name: len(np.load(getattr(task, name).labels.path)) for name in SPLITS}
     few = config.student.labels_per_class
@@ -248,11 +176,24 @@ def data_facts(config: BuildConfig, task: Task) -> DataFacts:
     )
 
 
-def keep(calib: CalibrationSet, home: Path) -> None:
-    """The calibration set where people look for it."""
+def circumstances(target: Target, config: BenchConfig) -> dict[str, object]:
+    """What a measurement depends on beside its arguments: another machine, runtime, runner or metric measures anew."""
+    return {
+        "missing": target.missing(),
+        "runtime": None if target.missing() else version(target.runtime),
+        "processor": processor.name(),
+        "runner": File.of(runner_path()),
+        "metrics": {name: code(plugins.places("metrics")[name]) for name in config.metrics},
+    }
+
+
+def replace_files(files: Iterable[File], home: Path) -> None:
+    """Copy files to where people look for them, each whole or not at all."""
     home.mkdir(parents=True, exist_ok=True)
-    for file in (calib.images, calib.manifest):
-        shutil.copyfile(file.path, home / file.path.name)
+    for file in files:
+        partial = home / f"{file.path.name}.partial"
+        shutil.copyfile(file.path, partial)
+        partial.replace(home / file.path.name)
 
 
 @dataclass(frozen=True)
@@ -267,26 +208,31 @@ def rendered(out: Path, record: Record) -> Rendered:
     return Rendered(tuple(File.of(path) for path in sorted(out.iterdir()) if path.is_file()))
 
 
+def templates() -> list[File]:
+    """What the report is filled into; no module imports them, so the ledger has to be told."""
+    return [File.of(path) for path in sorted(Path(report.__code__.co_filename).parent.glob("*.j2"))]
+
+
 def publish(made: Rendered, out: Path) -> None:
-    for file in made.files:
-        shutil.copyfile(file.path, out / file.path.name)
+    replace_files(made.files, out)
+    current = {file.path.name for file in made.files}
+    for old in out.glob("samples-*.npz"):
+        if old.name not in current:
+            old.unlink()
 
 
 def summary(record: Record) -> dict[str, object]:
     """What a machine wants to know of a build."""
     return {
         "name": record.name,
-        "models": {
-            m.contestant.name: {
-                "target": b.target,
-                "file": str(m.contestant.file.path),
-                **m.readings,
-                "verdict": m.verdict,
+        "targets": {
+            bench.target: {
+                m.contestant.name: {"file": str(m.contestant.file.path), **m.readings, "verdict": m.verdict}
+                for m in bench.measurements
             }
-            for b in record.benches
-            for m in b.measurements
+            for bench in record.benches
         },
-        "not_measured": {b.target: b.not_measured for b in record.benches if b.not_measured},
+        "not_measured": {bench.target: bench.not_measured for bench in record.benches if bench.not_measured},
     }
 
 

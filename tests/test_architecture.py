@@ -19,13 +19,15 @@ RANK = {
     "data": 2,
     "stages": 3,
     "recipes": 4,
-    "pipeline": 4,
-    "cli": 5,
-    "__main__": 6,
+    "configuration": 4,
+    "pipeline": 5,
+    "cli": 6,
+    "__main__": 7,
 }
 PLUGINS = {"methods", "targets", "metrics", "models", "data"}
 TORCH_FREE = ["core.ledger", "core.plain", "core.method", "core.config", "core.onnx_facts", "targets.cpu"]
-TORCH_FREE += ["metrics.p99_ms", "stages.benchmark", "stages.report", "stages.quantize", "cli"]
+TORCH_FREE += ["metrics.p99_ms", "stages.benchmark", "stages.report", "stages.quantize", "stages.compare"]
+TORCH_FREE += ["stages.doctor", "stages.calibrate", "cli"]
 
 
 def layer(dotted):
@@ -60,10 +62,10 @@ def test_imports_point_down(path):
 def test_files_and_functions_are_short_and_say_what_they_are(path):
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree), "a module begins with one line that says what it is"
-    assert len(path.read_text().splitlines()) <= 320
+    assert len(path.read_text().splitlines()) <= 300
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 70, node.name
+            assert node.end_lineno - node.lineno < 66, node.name
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)

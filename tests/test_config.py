@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from edgekd.configuration import BuildConfig, configured
 from edgekd.core import config, plain
 from edgekd.core.errors import ConfigError
-from edgekd.pipeline import BuildConfig, configured
 
 
 def digits():

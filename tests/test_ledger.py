@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from edgekd.core.artifact import File
+from edgekd.core import plain
+from edgekd.core.artifact import File, Weights
 from edgekd.core.errors import Busy, StaleArtifact
-from edgekd.core.ledger import Ledger, code
+from edgekd.core.ledger import KEEP, Ledger, code
 from edgekd.methods.kd import KD
 
 
@@ -173,3 +174,43 @@ def test_dataclasses_are_keyed_by_what_they_hold(tmp_path):
     ledger.step("a", Made, make, "x", KD())
     ledger.step("a", Made, make, "x", replace(KD(), weight=0.9))
     assert runs(tmp_path) == ["x"]
+
+
+def test_what_a_step_goes_on_from_stays_until_the_step_is_whole(tmp_path, monkeypatch):
+    def keep_and_make(out: Path, text: str) -> Made:
+        (out / KEEP).mkdir(exist_ok=True)
+        (out / KEEP / "state").write_text("half")
+        return make(out, text)
+
+    def killed(self, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        Ledger(tmp_path).step("a", Made, keep_and_make, "x")
+    assert list(tmp_path.rglob("state"))
+    Ledger(tmp_path).step("a", Made, keep_and_make, "x")
+    assert not list(tmp_path.rglob("state"))
+
+
+def test_how_weights_came_to_be_is_no_part_of_the_key(tmp_path):
+    (tmp_path / "w").write_text("w")
+    slow = Weights(File.of(tmp_path / "w"), "s", "kd", 1, 0.5, 100.0)
+    assert plain.facts(slow) == plain.facts(replace(slow, seconds=1.0, valid_accuracy=None))
+    assert plain.dump(slow) != plain.dump(replace(slow, seconds=1.0))
+
+
+def test_other_circumstances_make_anew(tmp_path):
+    ledger = Ledger(tmp_path)
+    for runtime in ("1.0", "1.0", "1.1"):
+        ledger.given({"runtime": runtime}).step("a", Made, make, "x")
+    assert runs(tmp_path) == ["x", "x"]
+    assert set(ledger.seconds) == {"a"}
+
+
+@pytest.mark.parametrize("entry", ["no json", '{"seconds": 1, "finished": "", "output": {"text": "x"}}'])
+def test_a_step_that_another_version_wrote_is_named(entry, tmp_path):
+    made = Ledger(tmp_path).step("a", Made, make, "x")
+    (made.file.path.parent / "step.json").write_text(entry)
+    with pytest.raises(StaleArtifact, match="another version of edgekd may have written it"):
+        Ledger(tmp_path).step("a", Made, make, "x")

@@ -36,7 +36,7 @@ def built(tmp_path_factory):
 
 def test_a_build_measures_teacher_student_and_baselines(built):
     home, summary = built
-    models = summary["models"]
+    models = summary["targets"]["cpu"]
     assert list(models) == ["teacher fp32", "kpn fp32", "kpn int8", "alone fp32", "kd fp32"]
     assert all(0 <= m["top1"] <= 100 and m["p50_ms"] > 0 for m in models.values())
     assert models["kpn int8"]["agreement"] > 80
@@ -50,7 +50,7 @@ def test_the_score_is_what_the_file_answers_in_its_runtime(built):
     session = onnxruntime.InferenceSession(next(steps.glob("quantize-kpn-cpu-*/kpn-int8.onnx")))
     logits = np.concatenate([session.run(None, {"image": x[None]})[0] for x in inputs])
     want = 100 * (logits.argmax(1) == labels).mean()
-    assert summary["models"]["kpn int8"]["top1"] == pytest.approx(want)
+    assert summary["targets"]["cpu"]["kpn int8"]["top1"] == pytest.approx(want)
 
 
 def test_the_report_is_there_in_three_forms_and_needs_no_network(built):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from edgekd.core.errors import StaleArtifact
 
 Precision = Literal["fp32", "int8"]
+STORY = {"key": False}  # metadata of fields that the ledger does not key by
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class PhaseRecord:
     name: str
     epochs: int
     losses: dict[str, float]  # on validation data
-    accuracy: float  # of the student, on validation data, 0 to 1
+    accuracy: float | None  # of the student, on validation data, 0 to 1; None if the phase does not train it
     seconds: float
     curve: tuple[EpochRecord, ...]
 
@@ -91,10 +92,11 @@ class Weights:
     name: str
     method: str  # file name of the method that taught it
     parameters: int
-    valid_accuracy: float  # 0 to 1
-    seconds: float
-    phases: tuple[PhaseRecord, ...] = ()
-    notes: dict[str, Any] | None = None  # what the method chose, for the report
+    # how it came to be; no part of what a step is keyed by, since equal weights are equal however long they took
+    valid_accuracy: float | None = field(metadata=STORY)  # 0 to 1; None if it learnt from those images
+    seconds: float = field(metadata=STORY)  # of training, interruptions not counted
+    phases: tuple[PhaseRecord, ...] = field(default=(), metadata=STORY)
+    notes: dict[str, Any] | None = field(default=None, metadata=STORY)  # what the method chose, for the report
 
 
 @dataclass(frozen=True)

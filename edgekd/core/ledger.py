@@ -23,22 +23,50 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from edgekd.core import plain
-from edgekd.core.errors import Busy
+from edgekd.core.errors import Busy, ConfigError, StaleArtifact
 from edgekd.core.settings import Plugin
 
 log = logging.getLogger(__name__)
 A = TypeVar("A")
 P = ParamSpec("P")
+NOUNS = {  # modules that decide nothing about what a step makes
+    f"edgekd.core.{name}"
+    for name in (
+        "artifact",
+        "config",
+        "errors",
+        "ledger",
+        "model",
+        "plain",
+        "plugins",
+        "progress",
+        "record",
+        "settings",
+    )
+} | {"edgekd.core.target", "edgekd.core.trial"}
 KEEP = ".work"  # below a step's partial directory: what lets an interrupted step go on; gone when it is done
 
 
 class Ledger:
     """One directory per step, named by the step and a key of all that determines its output."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.seconds: dict[str, float] = {}  # of each step that was asked for, when it was made
-        self.latest = ""  # when the newest of them was made, UTC
+    def __init__(self, root: Path, circumstances: Any = None, entries: dict[str, dict[str, Any]] | None = None) -> None:
+        self.root, self.circumstances = root, circumstances
+        self.entries = {} if entries is None else entries  # of each step that was asked for
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long each step took when it was made."""
+        return {name: entry["seconds"] for name, entry in self.entries.items()}
+
+    @property
+    def latest(self) -> str:
+        """When the newest step was made, UTC."""
+        return max(str(entry["finished"]) for entry in self.entries.values())
+
+    def given(self, circumstances: Any) -> Ledger:
+        """The same ledger for a step that also depends on what is no argument of it: the machine, a program, a file."""
+        return Ledger(self.root, circumstances, self.entries)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -66,7 +94,9 @@ class Ledger:
         `make` writes into `NAME.partial`, which is renamed when whole. If it was interrupted it finds what it
         left there, and may go on from it.
         """
-        facts = {"step": name, "args": plain.dump([args, kwargs]), "code": code(make.__module__, args, kwargs)}
+        facts = {"step": name, "args": plain.facts([args, kwargs]), "code": code(make.__module__, args, kwargs)}
+        if self.circumstances is not None:
+            facts["given"] = plain.facts(self.circumstances)
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
         home = self.root / f"{name}-{key}"
         if home.exists():
@@ -79,32 +109,42 @@ class Ledger:
             made = plain.dump(make(work, *args, **kwargs))
             now = datetime.now(UTC).isoformat(timespec="seconds")
             seconds = round(time.perf_counter() - started, 3)
-            shutil.rmtree(work / KEEP, ignore_errors=True)
             entry = facts | {"output": made, "seconds": seconds, "finished": now, "machine": machine()}
             (work / "step.json").write_text(json.dumps(entry, indent=2))
             work.rename(home)  # atomic: a directory without `.partial` is always whole
             log.info("%s: done in %.1f s", name, seconds)
-        entry = json.loads((home / "step.json").read_text())
-        self.seconds[name] = entry["seconds"]
-        self.latest = max(self.latest, entry["finished"])
-        return plain.load(kind, entry["output"], home)
+        shutil.rmtree(home / KEEP, ignore_errors=True)  # not before: a killed step goes on from it
+        return self.recall(name, kind, home)
+
+    def recall(self, name: str, kind: type[A], home: Path) -> A:
+        """What a whole step made. Raises StaleArtifact if it cannot be read or its files changed."""
+        try:
+            self.entries[name] = json.loads((home / "step.json").read_text())
+            return plain.load(kind, self.entries[name]["output"], home)
+        except (ConfigError, ValueError, KeyError, OSError) as error:
+            if isinstance(error, StaleArtifact):
+                raise
+            raise StaleArtifact(
+                f"`{home}` cannot be read; another version of edgekd may have written it",
+                hint="delete it so that the step runs again",
+            ) from error
 
 
 def machine() -> dict[str, str]:
-    return {"node": platform.machine(), "system": platform.platform(), "python": platform.python_version()}
+    return {"architecture": platform.machine(), "system": platform.platform(), "python": platform.python_version()}
 
 
 def code(module: str, *values: Any) -> dict[str, Any]:
     """The edgekd modules that `module` and the plug-ins in `values` run through, and the packages that those import.
 
-    `core` is left out: it holds nouns, and an edit there must not train a teacher anew.
+    The nouns of `core` are left out: an edit of an error message must not train a teacher anew.
     """
     modules: set[str] = set()
     packages: set[str] = set()
     waiting = [module, *(type(p).__module__ for p in plugins_in(values))]
     while waiting:
         name = waiting.pop()
-        if name in modules or name.startswith("edgekd.core"):
+        if name in modules or name in NOUNS:
             continue
         modules.add(name)
         for other in imports(name):

@@ -47,7 +47,7 @@ class Outcome:
     """What a finished phase tells the script, measured on validation data."""
 
     losses: dict[str, float]  # mean of each named loss
-    accuracy: float  # of lesson.student, 0 to 1
+    accuracy: float | None  # of lesson.student, 0 to 1; None if the phase does not train it
 
 
 @dataclass(frozen=True)

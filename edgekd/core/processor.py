@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,17 @@ TELLING = (
     "i8mm",
     "bf16",
 )
+
+
+@cache
+def name() -> str:
+    """What the processor calls itself; the architecture where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
+    return next(named, platform.machine())
 
 
 @cache

@@ -4,8 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from edgekd.core.errors import DataError
+
 if TYPE_CHECKING:
     import numpy as np
+
+
+def per_class(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Indices of `count` samples of each class, sorted. Raises DataError if a class has fewer."""
+    import numpy as np
+
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(labels))
+    chosen = []
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        if len(members) < count:
+            raise DataError(
+                f"labels_per_class is {count}, but class number {label} has {len(members)} training images",
+                hint="use fewer labels per class, or give that class more images",
+            )
+        chosen.append(members[:count])
+    return np.sort(np.concatenate(chosen))
 
 
 def stratified(labels: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

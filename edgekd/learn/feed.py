@@ -25,7 +25,8 @@ class Feed:
         return len(self.labels)
 
     def steps(self, batch: int) -> int:
-        return -(-len(self) // batch)
+        """Batches of an epoch."""
+        return max(1, min(-(-len(self) // batch), len(self) // 2))
 
     def shuffled(self, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """One epoch of (x, y, index) in batches of like, even size: none is too small for BatchNorm.
@@ -35,7 +36,7 @@ class Feed:
         """
         random = np.random.default_rng(seed)
         pairs = random.permutation(len(self))[: len(self) // 2 * 2].reshape(-1, 2)
-        for index in np.array_split(pairs, min(self.steps(batch), len(pairs))):
+        for index in np.array_split(pairs, self.steps(batch)):
             yield self.gather(index.ravel(), random)
 
     def ordered(self, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -22,6 +22,7 @@ from edgekd.core.settings import Settings
 from edgekd.learn.feed import Feed
 
 Precision = Literal["auto", "fp32", "bf16"]
+CALMER = "lower train.lr, or set train.precision to fp32; finished steps are kept"
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,16 @@ class TrainConfig(Settings):
     precision: Precision = "auto"  # auto: bf16 autocast where the processor has it
 
     def __post_init__(self) -> None:
-        for name in ("batch", "lr"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"train.{name} is {getattr(self, name)}", hint="use a number above 0")
+        wrong = {
+            "batch": (self.batch < 2, "use 2 or more: BatchNorm needs them"),
+            "lr": (self.lr <= 0, "use a number above 0"),
+            "momentum": (not 0 < self.momentum < 1, "use a number between 0 and 1; 0.9 is usual"),
+            "weight_decay": (self.weight_decay < 0, "use 0 or more"),
+            "warmup": (not 0 <= self.warmup < 1, "use a share of the budget from 0 to below 1"),
+        }
+        for name, (bad, hint) in wrong.items():
+            if bad:
+                raise ConfigError(f"{name} is {getattr(self, name)}", hint=hint)
 
     def rate(self, done: float) -> float:
         """The learning rate when `done` (0 to 1) of the budget is spent."""
@@ -108,7 +116,7 @@ class Trainer:
                 named = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
                 raise TrainingError(
                     f"the loss is not finite in phase `{phase.name}`, epoch {epoch + 1}, step {step + 1} ({named})",
-                    hint="lower train.lr, or set train.precision to fp32; finished epochs are kept",
+                    hint=CALMER,
                 )
             optimiser.zero_grad(set_to_none=True)
             total.backward()  # type: ignore[no-untyped-call]
@@ -132,7 +140,13 @@ class Trainer:
         for x, y, index in self.valid.ordered(self.config.batch):
             for name, value in self.losses(phase, Batch(x, y, index, 1.0)).items():
                 sums[name] += value.item() * len(y) / len(self.valid)
-        return Outcome(dict(sums), self.accuracy(lesson.student))
+        bad = [name for name, value in sums.items() if not math.isfinite(value)]
+        if bad:
+            raise TrainingError(
+                f"the loss on validation data is not finite after phase `{phase.name}` ({', '.join(bad)})", hint=CALMER
+            )
+        taught = any(module is lesson.student for module in phase.trains)
+        return Outcome(dict(sums), self.accuracy(lesson.student) if taught else None)
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module) -> float:

@@ -16,15 +16,18 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")  # keys
 
 
 def save(network: nn.Module, path: Path) -> None:
+    """Write the state dict as safetensors. Tied weights are written twice: the format has no shared memory."""
     from safetensors import torch as safetensors
 
-    path.write_bytes(safetensors.save({k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}))
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in network.state_dict().items()}
+    path.write_bytes(safetensors.save(tensors))
 
 
 def load(network: nn.Module, path: Path, trust: bool = False) -> None:
     """Fill `network` from a checkpoint. Raises CheckpointError if it does not fit in every tensor."""
-    given = {k.removeprefix("module."): v for k, v in read(path, trust).items()}
-    wanted = network.state_dict()
+    given, wanted = read(path, trust), network.state_dict()
+    if not any(k.startswith("module.") for k in wanted):  # else it is the network's own name, not DataParallel's
+        given = {k.removeprefix("module."): v for k, v in given.items()}
     problems = [f"lacks `{k}`" for k in wanted if k not in given]
     problems += [f"has `{k}`, which the network has not" for k in given if k not in wanted]
     problems += [
@@ -55,16 +58,25 @@ def read(path: Path, trust: bool) -> dict[str, Tensor]:
             raise CheckpointError(f"`{path}` is not a safetensors file ({error})", hint="export it anew") from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=not trust)
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        if trust:
+            raise unreadable(path, error) from None
         raise CheckpointError(
             f"`{path}` holds more than tensors, and reading it would run code from it",
             hint="save its state_dict() as safetensors, or set `trust: true` if you know where the file comes from",
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise unreadable(path, error) from None
+    except (ImportError, AttributeError, TypeError) as error:  # with `trust`, of a class that is gone or changed
         raise CheckpointError(
-            f"`{path}` is not a torch checkpoint ({str(error)[:120]})", hint="export it anew"
+            f"`{path}` holds objects whose code is not here ({str(error)[:120]})",
+            hint="run where that code can be imported, or save the network's state_dict() there as safetensors",
         ) from None
     return unwrapped(content, path)
+
+
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"`{path}` is not a torch checkpoint ({str(error)[:120]})", hint="export it anew")
 
 
 def unwrapped(content: Any, path: Path) -> dict[str, Tensor]:

@@ -66,13 +66,13 @@ def answer(out: Path, model: File, target: Target, inputs: File) -> File:
 
     `inputs` is .npy, (N, C, H, W) float32. Raises EdgekdError with what the runner says if the file does not run.
     """
-    return answers(out, {model.path.name: model}, target, inputs, runner_path())[0]
+    return answers(out, {model.path.name: model}, target, inputs)[0]
 
 
-def answers(out: Path, models: dict[str, File], target: Target, inputs: File, runner: Path) -> list[File]:
+def answers(out: Path, models: dict[str, File], target: Target, inputs: File) -> list[File]:
     """`answer` for several models, in one process; messages call them by their keys."""
     total = len(np.load(inputs.path, mmap_mode="r")) * len(models)
-    run(runner, "answer", out, job(models, target, inputs), f"answers on {target.runtime}", total)
+    run("answer", out, job(models, target, inputs), f"answers on {target.runtime}", total)
     return [File.of(out / f"logits-{index}.npy") for index in range(len(models))]
 
 
@@ -85,14 +85,12 @@ def benchmark(
     labels: File | None,
     reference: str,
     config: BenchConfig,
-    runner: File | None = None,
 ) -> BenchResult:
     """Compare the contestants on one target; the baseline is the first teacher, or else the first of them.
 
     `inputs` is .npy, (N, C, H, W) float32, of test data; `labels` is .npy, (N,) int64. Without labels only the latency
     is taken. `reference` names the float file that agreement is measured against. Files of the contestants are
-    linked into `out`, so that the result stands beside what it was measured on. `runner` is the one that comes with
-    edgekd if not given.
+    linked into `out`, so that the result stands beside what it was measured on.
     """
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     protocol = {"batch": 1, "scope": SCOPE, "blocks": config.blocks, "calls": config.calls, "seed": config.seed}
@@ -100,14 +98,13 @@ def benchmark(
     if reason:
         return BenchResult(target_name, reason, None, None, protocol, None, (), (), None, started, 0.0)
     check(contestants, inputs, labels, reference)
-    program = runner.path if runner else runner_path()
     models = {c.name: c.file for c in contestants}
     logits = [np.zeros((0, 0), np.float32)] * len(contestants)
     if labels is not None:
-        logits = [np.load(file.path) for file in answers(out / "answers", models, target, inputs, program)]
+        logits = [np.load(file.path) for file in answers(out / "answers", models, target, inputs)]
     base = next((i for i, c in enumerate(contestants) if c.role == "teacher"), 0)
     timed = models | {f"{contestants[base].name} again": contestants[base].file}
-    result = run(program, "bench", out, job(timed, target, inputs, config), f"bench on {target_name}", config.blocks)
+    result = run("bench", out, job(timed, target, inputs, config), f"bench on {target_name}", config.blocks)
     same_files(timed, result)
     samples = File.of(out / "samples.npz")
     ns = nanoseconds(samples, len(timed), config.blocks)
@@ -254,11 +251,11 @@ def job(models: dict[str, File], target: Target, inputs: File, config: BenchConf
     return asked
 
 
-def run(runner: Path, command: str, out: Path, asked: dict[str, Any], label: str, total: int) -> dict[str, Any]:
+def run(command: str, out: Path, asked: dict[str, Any], label: str, total: int) -> dict[str, Any]:
     """Start the runner as a child process, show how far it is, return its result. Ctrl-C ends it too."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "job.json").write_text(json.dumps(asked, indent=2))
-    words = [sys.executable, str(runner), command, "--job", str(out / "job.json"), "--out", str(out)]
+    words = [sys.executable, str(runner_path()), command, "--job", str(out / "job.json"), "--out", str(out)]
     done, told = 0, {}
     with (
         tempfile.TemporaryFile("w+") as complaints,

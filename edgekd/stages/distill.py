@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from edgekd.core.ledger import KEEP
 from edgekd.core.method import Lesson, Method, Outcome, Phase, play
 from edgekd.core.model import Model
 from edgekd.core.progress import bar
-from edgekd.core.splits import stratified
+from edgekd.core.splits import per_class
 from edgekd.core.task import Arrays, Augment, Task
 from edgekd.learn import weights
 from edgekd.learn.feed import Feed
@@ -58,7 +57,6 @@ def distill(
 
     Returns one network for most methods, several for those that make a family.
     """
-    started = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trainer = a_trainer(task, course, device)
     trainer.reseed(-1)
@@ -90,8 +88,8 @@ def distill(
                     name=called,
                     method=plugins.name_of(method),
                     parameters=sum(p.numel() for p in module.parameters()),
-                    valid_accuracy=trainer.accuracy(module),
-                    seconds=round(time.perf_counter() - started, 3),
+                    valid_accuracy=None if course.with_validation else trainer.accuracy(module),
+                    seconds=round(sum(record.seconds for record in played.records), 3),
                     phases=tuple(played.records),
                     notes=notes or None,
                 ),
@@ -132,9 +130,8 @@ class Played:
         record = recall(slot, phase)
         if record is None:
             slot.mkdir(parents=True, exist_ok=True)
-            started = time.perf_counter()
             outcome, curve = self.trainer.run(phase, self.lesson, 2 * number, slot / "epoch.pt", self.advance)
-            seconds = round(time.perf_counter() - started, 3)
+            seconds = round(sum(epoch.seconds for epoch in curve), 3)
             record = PhaseRecord(phase.name, phase.epochs, outcome.losses, outcome.accuracy, seconds, curve)
             keep(slot, phase, record)
         else:
@@ -165,14 +162,7 @@ def recall(slot: Path, phase: Phase) -> PhaseRecord | None:
 def a_trainer(task: Task, course: Course, device: torch.device) -> Trainer:
     train, valid = task.train.load(), task.valid.load()
     if course.labels_per_class is not None:
-        count = course.labels_per_class * len(task.classes)
-        if count > len(train.labels):
-            raise ConfigError(
-                f"labels_per_class is {course.labels_per_class}, but training holds {len(train.labels)} images "
-                f"of {len(task.classes)} classes",
-                hint="use fewer",
-            )
-        chosen, _ = stratified(train.labels, count, course.seed)
+        chosen = per_class(train.labels, course.labels_per_class, course.seed)
         train = Arrays(train.images[chosen], train.labels[chosen])
     if course.with_validation:
         train = Arrays(np.concatenate([train.images, valid.images]), np.concatenate([train.labels, valid.labels]))
@@ -197,7 +187,13 @@ def check_answers(lesson: Lesson, task: Task) -> None:
     """Every network must answer logits for the classes of the data."""
     x = next(lesson.sample(1)).x[:2]
     for role, module in [("student", lesson.student), *(("teacher", t) for t in lesson.teachers)]:
-        answer = module.eval()(x)
+        try:
+            answer = module.eval()(x)
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"the {role} does not take images of shape {tuple(x.shape)}: {str(error).splitlines()[0]}",
+                hint="check its input channels, and data.size",
+            ) from error
         if not isinstance(answer, torch.Tensor) or answer.shape != (len(x), len(task.classes)):
             shape = tuple(answer.shape) if isinstance(answer, torch.Tensor) else type(answer).__name__
             raise ConfigError(

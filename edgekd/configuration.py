@@ -1,0 +1,109 @@
+"""What a build can be told: the whole configuration, read strictly, and its smoke version."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from edgekd.core import plain, plugins
+from edgekd.core.config import read
+from edgekd.core.errors import ConfigError
+from edgekd.core.method import Method
+from edgekd.core.model import Model
+from edgekd.core.settings import Settings
+from edgekd.core.target import Target
+from edgekd.core.task import Source
+from edgekd.learn.trainer import TrainConfig
+from edgekd.stages.benchmark import BenchConfig
+from edgekd.stages.calibrate import CalibConfig
+from edgekd.stages.export import ExportConfig
+from edgekd.stages.quantize import QuantizeConfig
+
+
+def at_least(least: int, **values: int | None) -> None:
+    """Raises ConfigError for a value below `least`; None is no value."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ConfigError(f"{name} is {value}", hint=f"use {least} or more")
+
+
+@dataclass(frozen=True)
+class TeacherConfig(Settings):
+    model: Model
+    checkpoint: str = ""  # its weights; empty: it is trained in the build
+    trust: bool = False  # read a checkpoint that may run code
+    epochs: int = 30
+    train: TrainConfig = TrainConfig()
+    seed: int = 0
+    with_validation: bool = False  # learn from the validation split, too
+
+    def __post_init__(self) -> None:
+        at_least(1, epochs=self.epochs)
+        at_least(0, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class StudentConfig(Settings):
+    model: Model
+    method: Method
+    baselines: tuple[Method, ...] = ()  # the same student taught otherwise; `alone` is always there
+    epochs: int = 40
+    train: TrainConfig = TrainConfig()
+    seed: int = 0
+    labels_per_class: int | None = None  # labelled training images of each class; None: all
+
+    def __post_init__(self) -> None:
+        at_least(1, epochs=self.epochs, labels_per_class=self.labels_per_class)
+        at_least(0, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class BuildConfig(Settings):
+    name: str
+    data: Source
+    teacher: TeacherConfig
+    student: StudentConfig
+    targets: tuple[Target, ...]
+    export: ExportConfig = ExportConfig()
+    calib: CalibConfig = CalibConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
+    bench: BenchConfig = BenchConfig()
+    images_per_class: int | None = None  # of each of training and test data; None: all
+
+    def __post_init__(self) -> None:
+        at_least(2, images_per_class=self.images_per_class)
+        if not self.targets:
+            raise ConfigError("targets is empty", hint="name one, such as `- {use: cpu}`")
+
+
+def smoke(config: BuildConfig) -> BuildConfig:
+    """The same build in seconds: few images, few epochs, few timed calls. Its numbers mean nothing."""
+    return replace(
+        config,
+        name=f"{config.name}-smoke",
+        images_per_class=20,
+        teacher=replace(config.teacher, epochs=2),
+        student=replace(config.student, epochs=4, labels_per_class=None),
+        calib=replace(config.calib, images=16),
+        bench=replace(config.bench, blocks=4, calls=16, warmup_s=0.05, metrics=("top1", "agreement", "p50_ms")),
+    )
+
+
+def configured(recipe: str, overrides: tuple[str, ...], targets: tuple[str, ...], small: bool) -> BuildConfig:
+    """The configuration that a recipe or file describes. Raises ConfigError with every mistake at once."""
+    config = plain.load(BuildConfig, read(recipe, overrides))
+    if targets:
+        settings = {plugins.name_of(target): target for target in config.targets}
+        config = replace(config, targets=tuple(settings.get(t) or plugins.load("targets", t)() for t in targets))
+    unique((config.student.method, *config.student.baselines))
+    return smoke(config) if small else config
+
+
+def unique(methods: Iterable[Method]) -> list[Method]:
+    """Each once. Raises ConfigError if one is there with different settings: they could not be told apart."""
+    first: dict[str, Method] = {}
+    for method in methods:
+        name = plugins.name_of(method)
+        if first.setdefault(name, method) != method:
+            raise ConfigError(f"student: `{name}` is there twice, with different settings", hint="build in two runs")
+    return list(first.values())
