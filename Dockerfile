@@ -1,5 +1,5 @@
 # The edgekd command for CI, CPU only. Build: docker build -t edgekd .
-# Use: docker run --rm -v "$PWD:/work" -u "$(id -u)" edgekd build /work/edgekd.yaml --out /work/runs/build
+# Use: docker run --rm -v "$PWD:/job" -u "$(id -u)" edgekd build edgekd.yaml --out runs/build
 FROM python:3.11-slim AS install
 WORKDIR /src
 RUN python -m venv /opt/edgekd
@@ -16,6 +16,6 @@ RUN /opt/edgekd/bin/pip install --no-cache-dir --no-deps .
 FROM python:3.11-slim
 COPY --from=install /opt/edgekd /opt/edgekd
 ENV PATH=/opt/edgekd/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1
-WORKDIR /work
+WORKDIR /job
 USER 1000
 ENTRYPOINT ["edgekd"]

@@ -132,11 +132,13 @@ def bench(
 ) -> None:
     """Compare the latency of any ONNX files on one target."""
     from edgekd.core import plain
+    from edgekd.core.ledger import Ledger
     from edgekd.stages.benchmark import BenchConfig
     from edgekd.stages.compare import compare_files, table
 
     config = BenchConfig(blocks=4, calls=16, warmup_s=0.05, metrics=("top1", "p50_ms")) if smoke else BenchConfig()
-    result = compare_files(out, tuple(models), target, threads, images, labels, config)
+    with Ledger(out).locked():
+        result = compare_files(out, tuple(models), target, threads, images, labels, config)
     emit(json_, plain.dump(result), table(result))
 
 

@@ -82,3 +82,35 @@ def test_a_target_is_chosen_by_name_and_keeps_its_settings():
     assert [t.threads for t in made.targets] == [2]
     with pytest.raises(ConfigError, match="did you mean `cpu`"):
         configured("digits", (), ("cpuu",), False)
+
+
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        ("student.epochs=2.5", "write a whole number"),
+        ("student.epochs=many", "write a whole number"),
+        ("student.train.lr=fast", "write a number, such as 0.1"),
+        ("name=3", "write a text, in quotes"),
+        ("quantize.method=best", "choose one of these values"),
+        ("bench.metrics=top1", "write a list"),
+        ("calib=3", "write keys with values below it"),
+        ("data=digits", "`edgekd list` says"),
+    ],
+)
+def test_every_mistake_comes_with_the_fix(change, hint):
+    with pytest.raises(ConfigError) as error:
+        configured("digits", (change,), (), False)
+    assert hint in error.value.hint
+
+
+def test_a_date_stays_a_text():
+    assert configured("digits", ("name=2026-01-31",), (), False).name == "2026-01-31"
+    assert config.parse("2001-12-14 21:59:43", "here") == "2001-12-14 21:59:43"
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "c.yaml").write_bytes("name: grün".encode("latin-1"))
+    with pytest.raises(ConfigError, match="is not a text in UTF-8: byte 8 is 0xfc"):
+        config.read(str(tmp_path / "c.yaml"))
+    (tmp_path / "c.yaml").write_bytes("name: grün".encode())
+    assert config.read(str(tmp_path / "c.yaml")) == {"name": "grün"}

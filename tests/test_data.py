@@ -107,6 +107,42 @@ def test_a_truncated_image_is_named(root):
         Folder(str(root)).read(None)
 
 
+def test_an_image_that_ends_early_or_is_a_bomb_is_named(root, monkeypatch):
+    (root / "train/cat/00.png").rename(root / "train/cat/00.gif")
+    Image.effect_noise((8, 6), 50).save(root / "train/cat/00.gif")
+    path = root / "train/cat/00.gif"
+    path.write_bytes(path.read_bytes()[:-60])
+    Image.new("RGB", (80, 60)).save(root / "train/dog/00.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(DataError) as error:
+        Folder(str(root)).read(None)
+    assert "2 of 20 images cannot be read" in str(error.value)
+    assert "00.gif" in str(error.value) and "decompression bomb" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Folder("x", size=0), "data.size is 0"),
+        (lambda: Folder("x", size=-3), "data.size is -3"),
+        (lambda: Folder("x", crop=-1), "data.crop is -1"),
+        (lambda: Digits(crop=-1), "data.crop is -1"),
+    ],
+)
+def test_pixels_that_cannot_be_are_refused(make, says):
+    with pytest.raises(ConfigError, match=says) as error:
+        make()
+    assert error.value.hint
+
+
+def test_splits_of_different_sizes_are_refused(root, tmp_path_factory):
+    for path in (root / "test").rglob("*.png"):
+        Image.new("RGB", (5, 4)).save(path)
+    with pytest.raises(DataError, match="train images are 8x6, test images 5x4") as error:
+        prepare(tmp_path_factory.mktemp("out"), Folder(str(root), valid=0.2), None)
+    assert error.value.hint == "set data.size"
+
+
 def test_images_of_different_sizes_are_cut_to_one(root):
     Image.new("RGB", (30, 9)).save(root / "train" / "cat" / "99.png")
     assert Folder(str(root), size=6).read(None).train.images.shape[1:] == (6, 6, 3)

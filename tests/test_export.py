@@ -210,6 +210,13 @@ def test_a_network_that_answers_no_logits_is_refused(tmp_path):
         export(tmp_path, "identity", nn.Identity(), digits(4), 10, ExportConfig())
 
 
+def test_a_network_for_other_images_is_told_in_a_sentence(tmp_path):
+    says = r"the network does not take images of shape \(N, 1, 16, 16\): .*expected input.* to have 3 channels"
+    with pytest.raises(ExportError, match=says) as error:
+        export(tmp_path, "rgb", CifarResNet(8, 4, 10, 3), digits(4), 10, ExportConfig())
+    assert error.value.hint and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("field", "value"), [("tolerance", 0.0), ("images", 0)])
 def test_settings_out_of_range_are_mistakes(field, value):
     with pytest.raises(ConfigError, match=f"{field} is {value}"):

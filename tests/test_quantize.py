@@ -122,9 +122,9 @@ def test_equal_choices_give_equal_bytes_and_other_seeds_other_images(task, image
 
 
 def test_refuses_more_calibration_images_than_there_are(task, tmp_path):
-    with pytest.raises(DataError, match="calibration wants 5000 images, but the training split has 1077"):
+    with pytest.raises(DataError, match=r"calib.images is 5000, but the training split has 1077"):
         collect(tmp_path, task, CalibConfig(images=5000), "digits")
-    with pytest.raises(ConfigError, match="images is 0"):
+    with pytest.raises(ConfigError, match=r"calib.images is 0"):
         CalibConfig(images=0)
 
 
@@ -325,3 +325,29 @@ def test_weights_that_are_not_finite_do_not_pass(exported, images, tmp_path):
 def test_a_percentile_that_keeps_too_little_is_a_mistake():
     with pytest.raises(ConfigError, match=r"percentile is 0.999"):
         QuantizeConfig(percentile=0.999)
+
+
+def test_the_float_file_is_not_overwritten(tmp_path):
+    path = foreign(tmp_path / "foreign.onnx")
+    before = path.read_bytes()
+    (tmp_path / "link.onnx").symlink_to(path)
+    for target in (path, tmp_path / "link.onnx"):
+        with pytest.raises(ConfigError, match="would take the place of its own FP32 file"):
+            quantize_file(path, target, noise(), X86, QuantizeConfig())
+    assert path.read_bytes() == before
+
+
+def test_a_file_that_cannot_be_proven_is_not_left_behind(tmp_path):
+    """1 / x, where the small x are rounded to 0."""
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 1]) for n in "xy"]
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["a"]), helper.make_node("Reciprocal", ["a"], ["y"])]
+    weight = numpy_helper.from_array(np.ones((1, 1), np.float32), "w")
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], [weight])
+    path = tmp_path / "r.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), path)
+    inputs = np.array([[1e-4], [100]], np.float32)
+    (tmp_path / "q.onnx").write_bytes(b"an older one")
+    with pytest.raises(ModelError, match="`q.onnx` answers calibration inputs with numbers that are not finite"):
+        quantize_file(path, tmp_path / "q.onnx", inputs, X86, QuantizeConfig())
+    assert (tmp_path / "q.onnx").read_bytes() == b"an older one"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["q.onnx", "r.onnx"]

@@ -1,12 +1,14 @@
 """Training: the schedule, a loss that is not finite, checkpoints that fit or are refused."""
 
+import importlib
 import pickle
+import sys
 
 import pytest
 import torch
 
 from edgekd.core.artifact import File
-from edgekd.core.errors import CheckpointError, ConfigError, TrainingError
+from edgekd.core.errors import CheckpointError, ConfigError, DataError, TrainingError
 from edgekd.core.method import Lesson, Method, Phase
 from edgekd.core.model import Model
 from edgekd.core.task import Augment
@@ -154,6 +156,10 @@ def test_a_teacher_of_ones_own_is_adopted(tmp_path):
         ("nowhere.at_all:f", {}, "there is no Python module `nowhere.at_all`"),
         ("tests.zoo:Toyy", {}, "`tests.zoo` has no function `Toyy`"),
         ("tests.zoo:Blobs", {"count": 3}, "`tests.zoo:Blobs` returned Blobs"),
+        ("tests.zoo:Toy", {"widht": 4}, "hint: it is Toy(width: 'int' = 4)"),
+        ("tests.zoo:Toy", {"width": "wide"}, "`tests.zoo:Toy` cannot be called with args {'width': 'wide'}"),
+        (":Toy", {}, "write package.module:function"),
+        ("sys:exit", {}, "there is no Python module `sys`"),
     ],
 )
 def test_a_function_that_makes_no_network_is_named(function, args, says):
@@ -162,10 +168,81 @@ def test_a_function_that_makes_no_network_is_named(function, args, says):
     assert says in str(error.value)
 
 
+@pytest.fixture
+def code(tmp_path, monkeypatch):
+    """A folder of the user's own code, as the current one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    modules = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - modules:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("import not_installed_anywhere", "No module named 'not_installed_anywhere'"),
+        ("from torch import nothing_of_the_kind", "cannot import name"),
+        ("def f(:", "SyntaxError"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_says_why(code, text, says):
+    (code / "own_broken.py").write_text(text)
+    (code / "own_package").mkdir()
+    (code / "own_package" / "__init__.py").write_text(text)
+    (code / "own_package" / "net.py").write_text("")
+    for module in ("own_broken", "own_package.net"):
+        with pytest.raises(ConfigError, match=f"`{module}` cannot be imported: .*{says}") as error:
+            Python(f"{module}:f").build(3, 1)
+        assert error.value.hint
+
+
+def test_an_edited_helper_of_ones_own_code_is_seen(code):
+    (code / "own_net.py").write_text("import own_layers")
+    (code / "own_layers.py").write_text("")
+    (code / "own_nets" / "parts").mkdir(parents=True)
+    for name in ("__init__", "parts/__init__", "parts/layers", "net"):
+        (code / "own_nets" / f"{name}.py").write_text("")
+    for function, helper in (("own_net:f", "own_layers.py"), ("own_nets.net:f", "own_nets/parts/layers.py")):
+        before = Python(function).fingerprint()
+        assert Python(function).fingerprint() == before
+        (code / helper).write_text("WIDTH = 3")
+        assert Python(function).fingerprint() != before
+
+
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.module = torch.nn.Linear(4, 4)
+        self.other = torch.nn.Linear(4, 4)
+        self.other.weight = self.module.weight
+
+
+def test_tied_weights_and_parts_called_module_survive(tmp_path):
+    source, other = Tied(), Tied()
+    weights.save(source, tmp_path / "w.safetensors")
+    weights.load(other, tmp_path / "w.safetensors")
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in source.state_dict().items())
+
+
+def test_a_trusted_checkpoint_whose_class_is_gone_is_named(code):
+    (code / "own_gone.py").write_text("class Gone:\n    pass\n")
+    torch.save({"x": importlib.import_module("own_gone").Gone()}, code / "c.pt")
+    (code / "own_gone.py").write_text("")
+    importlib.reload(sys.modules["own_gone"]).__dict__.pop("Gone")
+    with pytest.raises(CheckpointError, match="holds objects whose code is not here"):
+        weights.load(a_net(), code / "c.pt", trust=True)
+    del sys.modules["own_gone"]
+    (code / "own_gone.py").unlink()
+    with pytest.raises(CheckpointError, match="holds objects whose code is not here"):
+        weights.load(a_net(), code / "c.pt", trust=True)
+
+
 def test_more_labels_than_there_are_is_refused(tmp_path):
     task = zoo.blobs_task(tmp_path / "data")
     course = Course(1, TrainConfig(), Augment(), 0, labels_per_class=99)
-    with pytest.raises(ConfigError, match="labels_per_class is 99, but training holds 48 images of 3 classes"):
+    with pytest.raises(DataError, match="labels_per_class is 99, but class number 0 has 16 training images"):
         distill(tmp_path, "s", task, ResNet(8, 4), Alone(), course, ())
 
 

@@ -431,14 +431,18 @@ def main():
         job = read_job(chosen.job, timing=chosen.command == "bench")
         os.makedirs(chosen.out, exist_ok=True)
         result = {"answer": answer, "bench": bench}[chosen.command](job, chosen.out)
+        text = json.dumps(result, indent=2).encode()
+        # last: a result is there only when all else is
+        replace(os.path.join(chosen.out, "result.json"), lambda stream: stream.write(text))
     except ImportError as error:
         emit({"error": first_line(error), "hint": "`%s doctor` says what is missing" % sys.argv[0]})
         return 1
     except Problem as problem:
         emit({"error": problem.error, "hint": problem.hint})
         return problem.code
-    # last: a result is there only when all else is
-    replace(os.path.join(chosen.out, "result.json"), lambda stream: stream.write(json.dumps(result, indent=2).encode()))
+    except OSError as error:  # from numpy often without a number or the file's name
+        emit({"error": first_line(error), "hint": "check the free space and your rights in `%s`" % chosen.out})
+        return 1
     return 0
 
 

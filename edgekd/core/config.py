@@ -18,7 +18,13 @@ def recipes() -> list[str]:
 def text(source: str) -> str:
     """The YAML of a recipe or a file."""
     if Path(source).is_file():
-        return Path(source).read_text()
+        try:
+            return Path(source).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"`{source}` is not a text in UTF-8: byte {error.start} is {error.object[error.start]:#04x}",
+                hint="save it as UTF-8",
+            ) from None
     if source in recipes():
         return files("edgekd.recipes").joinpath(f"{source}.yaml").read_text()
     if source.endswith((".yaml", ".yml")) or "/" in source:
@@ -49,7 +55,7 @@ def put(data: dict[str, Any], path: list[str], value: Any, override: str) -> Non
 
 
 def parse(source: str, where: str) -> Any:
-    """YAML without surprises: no key twice, and 1e-3 is a number."""
+    """YAML without surprises: no key twice, 1e-3 is a number, and 2026-01-31 is a text."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -64,6 +70,10 @@ def parse(source: str, where: str) -> Any:
 
     number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")  # YAML 1.1 wants a dot and a sign
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:timestamp"]
+        for first, known in Loader.yaml_implicit_resolvers.items()
+    }
     try:
         return yaml.load(source, Loader)  # noqa: S506  a SafeLoader
     except yaml.YAMLError as error:

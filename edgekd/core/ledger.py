@@ -32,18 +32,10 @@ P = ParamSpec("P")
 NOUNS = {  # modules that decide nothing about what a step makes
     f"edgekd.core.{name}"
     for name in (
-        "artifact",
-        "config",
-        "errors",
-        "ledger",
-        "model",
-        "plain",
-        "plugins",
-        "progress",
-        "record",
-        "settings",
+        *("artifact", "config", "errors", "files", "ledger", "model", "plain", "plugins", "progress"),
+        *("record", "settings", "target", "trial"),
     )
-} | {"edgekd.core.target", "edgekd.core.trial"}
+}
 KEEP = ".work"  # below a step's partial directory: what lets an interrupted step go on; gone when it is done
 
 

@@ -14,19 +14,40 @@ from edgekd.core.artifact import File
 from edgekd.core.errors import ConfigError
 
 T = TypeVar("T")
+EXAMPLE = "`edgekd init` shows an example"
+HINTS = {  # by pydantic's name of the mistake
+    **dict.fromkeys(("int_type", "int_from_float", "int_parsing_size"), "write a whole number"),
+    "float_type": "write a number, such as 0.1",
+    "finite_number": "write a number, such as 0.1",
+    "bool_type": "write true or false",
+    "string_type": "write a text, in quotes if it looks like a number",
+    "literal_error": "choose one of these values",
+    **dict.fromkeys(("tuple_type", "list_type"), "write a list: [first, second]"),
+    **dict.fromkeys(("dataclass_type", "dict_type"), "write keys with values below it"),
+}
 
 
 def dump(value: Any) -> Any:
     """Plain JSON. A plug-in becomes {"use": its name, ...}; a file is its name and hash."""
+    return _plain(value, whole=True)
+
+
+def facts(value: Any) -> Any:
+    """`dump` without the fields that only tell how something came to be (metadata `key: False`)."""
+    return _plain(value, whole=False)
+
+
+def _plain(value: Any, whole: bool) -> Any:
     if isinstance(value, File):
         return {"name": value.path.name, "sha256": value.sha256}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: dump(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        told = [f.name for f in dataclasses.fields(value) if whole or f.metadata.get("key", True)]
+        fields = {name: _plain(getattr(value, name), whole) for name in told}
         return {"use": plugins.name_of(value), **fields} if plugins.folder_of(type(value)) else fields
     if isinstance(value, (list, tuple)):
-        return [dump(v) for v in value]
+        return [_plain(v, whole) for v in value]
     if isinstance(value, dict):
-        return {k: dump(v) for k, v in value.items()}
+        return {k: _plain(v, whole) for k, v in value.items()}
     return str(value) if isinstance(value, Path) else value
 
 
@@ -64,10 +85,11 @@ def mistake(found: Any, kind: type, data: Any) -> ConfigError:
     if isinstance(cause, ConfigError):
         return ConfigError(f"{where}: {cause.what}", hint=cause.hint)
     if found["type"] in ("missing", "missing_argument"):
-        return ConfigError(f"{where} is missing", hint="`edgekd init` writes an example of the whole")
+        return ConfigError(f"{where} is missing", hint=EXAMPLE)
     if found["type"] == "no_use":
-        return ConfigError(f"{where} {found['msg']}")
-    return ConfigError(f"{where} is {json.dumps(found['input'], default=str)}: {found['msg']}")
+        return ConfigError(f"{where} {found['msg']}", hint=f"`edgekd list` says what each of them is; {EXAMPLE}")
+    what = f"{where} is {json.dumps(found['input'], default=str)}: {found['msg']}"
+    return ConfigError(what, hint=HINTS.get(found["type"], EXAMPLE))
 
 
 def fields_at(kind: Any, data: Any, path: list[Any]) -> list[str]:

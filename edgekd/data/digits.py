@@ -22,6 +22,8 @@ class Digits(Source):
     def __post_init__(self) -> None:
         if self.size < 8:
             raise ConfigError(f"data.size is {self.size}", hint="use 8, the size of the originals, or more")
+        if self.crop < 0:
+            raise ConfigError(f"data.crop is {self.crop}", hint="use 0 or more pixels; 1 suits images this small")
 
     @property
     def augment(self) -> Augment:

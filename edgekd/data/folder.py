@@ -32,6 +32,12 @@ class Folder(Source):
     def __post_init__(self) -> None:
         if not 0 < self.valid < 1:
             raise ConfigError(f"data.valid is {self.valid}", hint="use a share between 0 and 1, such as 0.1")
+        if self.size is not None and self.size < 1:
+            raise ConfigError(
+                f"data.size is {self.size}", hint="use 1 pixel or more; without it images stay as they are"
+            )
+        if self.crop < 0:
+            raise ConfigError(f"data.crop is {self.crop}", hint="use 0 or more pixels; 4 suits images of 32 pixels")
 
     @property
     def augment(self) -> Augment:
@@ -98,6 +104,9 @@ class Folder(Source):
         return found
 
     def decode(self, part: str, classes: tuple[str, ...], limit: int | None) -> Arrays:
+        from PIL.Image import DecompressionBombError
+
+        broken = (OSError, ValueError, SyntaxError, EOFError, DecompressionBombError)  # what Pillow raises for files
         paths = self.files(part, limit)
         number = {name: i for i, name in enumerate(classes)}
         labels = np.array([number[p.parent.name] for p in paths], np.int64)
@@ -106,7 +115,7 @@ class Folder(Source):
         def one(path: Path) -> np.ndarray | None:
             try:
                 return self.image(path)
-            except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for broken files
+            except broken as error:
                 failed.append(f"{path} ({error})")
                 return None
 
@@ -133,7 +142,7 @@ class Folder(Source):
 
         with Image.open(path) as opened:
             image = opened.convert("L" if self.grey else "RGB")
-        if self.size:
+        if self.size is not None:
             image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BILINEAR)
         return np.asarray(image).reshape(image.height, image.width, -1)
 

@@ -21,7 +21,9 @@ Deviations from the paper, and why:
 - The route search lies within stage 1. On validation data L_p is that of the student itself, nothing injected: a route
   is worth what its student has become, not how well its rear part reads the teacher. lambda is `weight` for all.
 - Candidates are layers that everything passes through, because only there does an injected feature replace the
-  student's front part. Of those that fit, `candidates` are tried, with the nearest receptive fields, deep ones first.
+  student's front part. To bound the memory, each student layer is paired only with the teacher layer of the nearest
+  receptive field, and of those routes the `candidates` with the deepest student layers are tried.
+- The paper's random re-entries into stage 1 are not built; their frequency is not given.
 - Each stage runs through a learning-rate schedule of its own (the paper gives none).
 - `logits` adds softened logits (Hinton et al., 2015) to L_p where teacher and student share the classes.
 """

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -22,40 +25,84 @@ class Python(Model):
     args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.function.count(":") != 1:
+        module, _, name = self.function.partition(":")
+        if not all(part.isidentifier() for part in (*module.split("."), name)):
             raise ConfigError(f"function is `{self.function}`", hint="write package.module:function")
 
     def build(self, classes: int, channels: int) -> nn.Module:
-        """Raises ConfigError if the function is not there or returns no module. It is asked for nothing but `args`."""
+        """The function's network, which was asked for nothing but `args`.
+
+        Raises ConfigError if the function is not there, does not take `args`, or returns no module.
+        """
         module, _, name = self.function.partition(":")
-        self.origin()
-        made = getattr(importlib.import_module(module), name, None)
+        self.spec()
+        try:
+            made = getattr(importlib.import_module(module), name, None)
+        except (ImportError, SyntaxError) as error:
+            raise not_importable(module, error) from error
         if not callable(made):
             raise ConfigError(f"`{module}` has no function `{name}`", hint="check the spelling")
-        network = made(**self.args)
+        try:
+            network = made(**self.args)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"`{self.function}` cannot be called with args {self.args}: {error}", hint=f"it is {called(made)}"
+            ) from error
         if not isinstance(network, nn.Module):
             raise ConfigError(f"`{self.function}` returned {type(network).__name__}", hint="return a torch nn.Module")
         return network
 
     def fingerprint(self) -> str:
-        """Of the file that holds the function; what that imports is not followed."""
-        return hashlib.sha256(self.origin().read_bytes()).hexdigest()
+        """Of all Python files in the package of the function, or else of its file and those beside it.
 
-    def origin(self) -> Path:
-        """The file of the module, looked for in the current folder first."""
+        What they import from elsewhere is not followed.
+        """
+        spec, top = self.spec(), self.spec(self.function.partition(":")[0].partition(".")[0])
+        own = Path(spec.origin or "")
+        files = {own: own.name}  # and what it is called wherever the code lies
+        if top.submodule_search_locations is None:
+            files |= {path: path.name for path in own.parent.glob("*.py")}
+        for folder in top.submodule_search_locations or ():
+            files |= {path: path.relative_to(folder).as_posix() for path in Path(folder).rglob("*.py")}
+        total = hashlib.sha256()
+        for path, name in sorted(files.items(), key=lambda item: item[1]):
+            total.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        return total.hexdigest()
+
+    def spec(self, package: str = "") -> ModuleSpec:
+        """Where the module of the function is, or the `package`, looked for in the current folder first.
+
+        Raises ConfigError if there is none, or a package that it lies in cannot be imported.
+        """
         if str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))
-        module = self.function.partition(":")[0]
+        module = package or self.function.partition(":")[0]
         try:
             spec = find_spec(module)
-        except ModuleNotFoundError:
+        except (ImportError, SyntaxError) as error:
+            if not (isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")):
+                raise not_importable(module, error) from error
             spec = None
-        if spec is None or spec.origin is None:
+        if spec is None or not (package or spec.has_location):
             raise ConfigError(
                 f"there is no Python module `{module}`",
                 hint="run from the folder that holds it, or install its package",
             )
-        return Path(spec.origin)
+        return spec
+
+
+def not_importable(module: str, error: Exception) -> ConfigError:
+    cause = f"{type(error).__name__}: {error}"
+    return ConfigError(f"`{module}` cannot be imported: {cause}", hint="mend it, or install what it imports")
+
+
+def called(function: Callable[..., Any]) -> str:
+    """How the function wants to be called."""
+    name = getattr(function, "__name__", "called")
+    try:
+        return f"{name}{signature(function)}"
+    except ValueError:  # of a built-in
+        return f"{name}(...)"
 
 
 PLUGIN = Python

@@ -21,6 +21,7 @@ import numpy as np
 from edgekd.core import plugins
 from edgekd.core.artifact import File
 from edgekd.core.errors import ConfigError, DataError, EdgekdError, StaleArtifact
+from edgekd.core.files import save_array
 from edgekd.core.progress import bar
 from edgekd.core.settings import Settings
 from edgekd.core.target import Target
@@ -233,7 +234,7 @@ def readings(trial: Trial, names: tuple[str, ...]) -> dict[str, float]:
 
 def noise(out: Path, shape: tuple[int, ...], seed: int, count: int = 64) -> File:
     """Random inputs of a model, where only its latency is wanted: .npy, (count, *shape) float32."""
-    np.save(out / "noise.npy", np.random.default_rng(seed).standard_normal((count, *shape), np.float32))
+    save_array(out / "noise.npy", np.random.default_rng(seed).standard_normal((count, *shape), np.float32))
     return File.of(out / "noise.npy")
 
 

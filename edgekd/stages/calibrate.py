@@ -24,7 +24,7 @@ class CalibConfig(Settings):
 
     def __post_init__(self) -> None:
         if self.images < 1:
-            raise ConfigError(f"images is {self.images}", hint="use 1 or more; 256 serve most networks")
+            raise ConfigError(f"calib.images is {self.images}", hint="use 1 or more; 256 serve most networks")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def collect(out: Path, task: Task, config: CalibConfig, source: str) -> Calibrat
     train = task.train.load()
     if len(train.labels) < config.images:
         raise DataError(
-            f"calibration wants {config.images} images, but the training split has {len(train.labels)}",
+            f"calib.images is {config.images}, but the training split has {len(train.labels)}",
             hint=f"set `calib.images` to {len(train.labels)} or less",
         )
     indices, _ = stratified(train.labels, config.images, config.seed)

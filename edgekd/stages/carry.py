@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from edgekd.core import plain, plugins
-from edgekd.core.artifact import OnnxModel, TensorSpec
+from edgekd.core.artifact import File, OnnxModel, TensorSpec
 from edgekd.core.config import parse
 from edgekd.core.errors import ConfigError
 from edgekd.core.model import Model
@@ -27,19 +29,22 @@ def export_trained(out: Path, trained: Trained, task: Task, config: ExportConfig
 def export_checkpoint(
     out: Path, model: str, checkpoint: Path, images: Path, classes: int, config: ExportConfig, trust: bool
 ) -> OnnxModel:
-    """Write the ONNX file `out`, for batch 1, of a checkpoint that edgekd did not make.
+    """Write the ONNX file `out`, for batch 1, of a checkpoint that edgekd did not make; only once it is proven.
 
     `model` is `family:key=value,...` or `package.module:function`; `images` holds real network inputs to compare with.
     """
+    if out.suffix != ".onnx":
+        raise ConfigError(f"`{out}` is no name for an ONNX file", hint="end it with .onnx")
     if not images.is_file():
         raise ConfigError(f"there is no file `{images}`", hint="give real network inputs: .npz or .npy, (N, C, H, W)")
     inputs = load_calibration(images, TensorSpec("image", (0, 0, 0, 0)))
     built = described(model).build(classes, inputs.shape[1])
     weights.load(built, checkpoint, trust)
-    if out.suffix != ".onnx":
-        raise ConfigError(f"`{out}` is no name for an ONNX file", hint="end it with .onnx")
     out.parent.mkdir(parents=True, exist_ok=True)
-    return export(out.parent, out.stem, built, inputs, classes, config).single
+    with TemporaryDirectory(prefix=".edgekd-", dir=out.parent) as folder:  # beside it: a rename, not a copy
+        made = export(Path(folder), out.stem, built, inputs, classes, config).single
+        made.file.path.replace(out)
+    return replace(made, file=File.of(out))
 
 
 def described(text: str) -> Model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import numpy as np
 
 from edgekd.core import onnx_facts, plugins
 from edgekd.core.artifact import File, TensorSpec
-from edgekd.core.errors import ConfigError, TargetUnavailable
+from edgekd.core.errors import ConfigError, DataError, TargetUnavailable
+from edgekd.core.files import save_array
 from edgekd.core.target import Target
 from edgekd.core.trial import BenchResult, Contestant
 from edgekd.stages import words
@@ -29,7 +31,8 @@ def compare_files(
 ) -> BenchResult:
     """Measure `models` against the first of them. Without `images` they are fed noise.
 
-    Raises TargetUnavailable if this machine cannot run the target, ConfigError if the files do not go together.
+    Raises TargetUnavailable if this machine cannot run the target, ConfigError if the files do not go together,
+    DataError if images or labels are unfit.
     """
     target: Target = replace(plugins.load("targets", target_name)(), threads=threads)
     if reason := target.missing():
@@ -47,9 +50,7 @@ def compare_files(
         raise ConfigError("there are labels without images", hint="give the images that they belong to")
     out.mkdir(parents=True, exist_ok=True)
     inputs = noise(out, spec.shape[1:], config.seed) if images is None else given(out, images, spec)
-    if labels is not None and not labels.is_file():
-        raise ConfigError(f"there is no file `{labels}`", hint="give an .npy of class numbers")
-    truth = None if labels is None else File.of(labels)
+    truth = None if labels is None else true_classes(labels, inputs, contestants)
     return benchmark(out, contestants, target_name, target, inputs, truth, contestants[0].name, config)
 
 
@@ -71,8 +72,38 @@ def short_names(models: tuple[Path, ...]) -> list[str]:
 
 
 def given(out: Path, images: Path, spec: TensorSpec) -> File:
-    np.save(out / "inputs.npy", load_calibration(images, spec))
+    save_array(out / "inputs.npy", load_calibration(images, spec))
     return File.of(out / "inputs.npy")
+
+
+def true_classes(labels: Path, inputs: File, contestants: tuple[Contestant, ...]) -> File:
+    """The labels, which number the classes of `inputs`: .npy, (N,) of any integer.
+
+    Raises ConfigError if there is no such file, DataError if it holds anything else.
+    """
+    if not labels.is_file():
+        raise ConfigError(f"there is no file `{labels}`", hint="give an .npy of class numbers")
+    as_npy = "write it with numpy.save(path, labels), labels being class numbers, one for each image"
+    try:
+        with labels.open("rb") as stream:
+            found = np.load(stream, allow_pickle=False)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"`{labels}` is not a readable .npy file of numbers: {error}", hint=as_npy) from error
+    if not isinstance(found, np.ndarray):
+        raise DataError(f"`{labels}` is an archive of arrays", hint=as_npy)
+    if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
+        raise DataError(f"`{labels}` holds {found.dtype} of shape {found.shape}, not class numbers", hint=as_npy)
+    images = len(np.load(inputs.path, mmap_mode="r"))
+    if len(found) != images:
+        raise DataError(f"`{labels}` holds {len(found)} labels for {images} images", hint="give one for each image")
+    classes = min(filter(None, (onnx_facts.facts(c.file.path).classes for c in contestants)), default=0)
+    if found.min() < 0 or (classes and found.max() >= classes):
+        known = f"0 to {classes - 1}" if classes else "0 or more"
+        raise DataError(
+            f"`{labels}` holds numbers from {found.min()} to {found.max()}, the classes are {known}",
+            hint="count classes from 0, as the networks do",
+        )
+    return File.of(labels)
 
 
 def table(result: BenchResult) -> str:

@@ -63,8 +63,15 @@ def export(
     images = images[: config.images]
     plain = deepcopy(network).to("cpu", torch.float32).eval()
     plain = plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    with torch.no_grad():
-        logits = plain(torch.from_numpy(images))
+    try:
+        with torch.no_grad():
+            logits = plain(torch.from_numpy(images))
+    except (RuntimeError, ValueError) as error:
+        cause = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise ExportError(
+            f"the network does not take images of shape (N, {', '.join(map(str, images.shape[1:]))}): {cause}",
+            hint="give it the channels and the size that it was made for",
+        ) from error
     if not isinstance(logits, torch.Tensor) or logits.shape != (len(images), classes):
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
         raise ExportError(

@@ -8,12 +8,14 @@ import numpy as np
 
 from edgekd.core.artifact import File
 from edgekd.core.errors import DataError
-from edgekd.core.task import SPLITS, Arrays, Source, Split, Task
+from edgekd.core.files import save_array
+from edgekd.core.task import SPLITS, Arrays, Content, Source, Split, Task
 
 
 def prepare(out: Path, source: Source, limit: int | None) -> Task:
     """Write the splits of `source` as .npy files; at most `limit` images of each class."""
     content = source.read(limit)
+    check_shapes(content)
     splits = {}
     for name in SPLITS:
         arrays: Arrays = getattr(content, name)
@@ -34,13 +36,26 @@ def prepare(out: Path, source: Source, limit: int | None) -> Task:
     )
 
 
+def check_shapes(content: Content) -> None:
+    """Raises DataError unless the images of all splits have one shape."""
+    train = content.train.images.shape[1:]
+    for name in SPLITS:
+        found = getattr(content, name).images.shape[1:]
+        if found != train:
+            if found[:2] == train[:2]:
+                what = f"train images have {train[2]} channels, {name} images {found[2]}"
+                raise DataError(what, hint="give all splits the same channels")
+            sizes = f"{train[1]}x{train[0]}", f"{found[1]}x{found[0]}"
+            raise DataError(f"train images are {sizes[0]}, {name} images {sizes[1]}", hint="set data.size")
+
+
 def write(out: Path, name: str, arrays: Arrays) -> Split:
-    np.save(out / f"{name}-images.npy", np.ascontiguousarray(arrays.images))
-    np.save(out / f"{name}-labels.npy", arrays.labels)
+    save_array(out / f"{name}-images.npy", np.ascontiguousarray(arrays.images))
+    save_array(out / f"{name}-labels.npy", arrays.labels)
     return Split(File.of(out / f"{name}-images.npy"), File.of(out / f"{name}-labels.npy"))
 
 
 def exam(out: Path, task: Task) -> File:
     """The test images as a network takes them: .npy, (N, C, H, W) float32."""
-    np.save(out / "inputs.npy", task.inputs(task.test.load().images))
+    save_array(out / "inputs.npy", task.inputs(task.test.load().images))
     return File.of(out / "inputs.npy")

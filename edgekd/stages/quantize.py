@@ -6,7 +6,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -67,9 +67,17 @@ def quantize(out: Path, model: Exported, images: File, dialect: Dialect, config:
 def quantize_file(model: Path, target: Path, inputs: np.ndarray, dialect: Dialect, config: QuantizeConfig) -> OnnxModel:
     """The FP32 ONNX file `model`, of any origin, as INT8 in `target`. `inputs` are (N, ...) for its only input.
 
-    Raises ModelError if the file cannot be quantized, DataError if the inputs do not fit.
+    `target` is written only when the new file is proven to answer. Raises ModelError if the file cannot be quantized,
+    DataError if the inputs do not fit, ConfigError if `target` is `model`.
     """
-    return convert(model, target, inputs, dialect, calibrate(model, inputs, config))
+    if target.exists() and model.exists() and target.samefile(model):
+        raise ConfigError(f"`{target}` would take the place of its own FP32 file", hint="name another file to write")
+    ranges = calibrate(model, inputs, config)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".edgekd-", dir=target.parent) as folder:  # beside it: a rename, not a copy
+        made = convert(model, Path(folder, target.name), inputs, dialect, ranges)
+        made.file.path.replace(target)
+    return replace(made, file=File.of(target))
 
 
 def calibrate(path: Path, inputs: np.ndarray, config: QuantizeConfig) -> Ranges:
@@ -213,6 +221,6 @@ def try_out(path: Path, target: Path, inputs: np.ndarray) -> None:
     answers = onnx_facts.answers(target, inputs[: batch * max(TRIED // batch, 1)])
     if not np.isfinite(answers).all():
         raise ModelError(
-            f"`{target}` answers calibration inputs with numbers that are not finite",
+            f"`{target.name}` answers calibration inputs with numbers that are not finite",
             hint="look for weights that are not finite in the FP32 file",
         )

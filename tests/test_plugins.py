@@ -1,0 +1,72 @@
+"""What every plug-in promises; a new file in a plug-in folder is found here without being listed."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from edgekd.core import plain, plugins
+from edgekd.core.model import Model
+from edgekd.core.target import Dialect, Target
+from edgekd.core.task import SPLITS, Source
+from edgekd.learn import weights
+
+MODELS = {"python": {"function": "tests.zoo:Toy"}}  # settings that have no default
+EVERY = [(folder, name) for folder in plugins.FOLDERS for name in plugins.names(folder)]
+
+
+@pytest.mark.parametrize(("folder", "name"), EVERY)
+def test_every_plugin_says_what_it_is(folder, name):
+    assert plugins.summary(folder, name).strip()
+
+
+@pytest.mark.parametrize("name", plugins.names("models"))
+def test_a_family_answers_logits_and_survives_its_checkpoint(name, tmp_path):
+    family = plain.load(Model, {"use": name, **MODELS.get(name, {})})
+    torch.manual_seed(0)
+    made, again = (family.build(classes=3, channels=1).eval() for _ in range(2))
+    x = torch.randn(2, 1, 8, 8)
+    weights.save(made, tmp_path / "w.safetensors")
+    weights.load(again, tmp_path / "w.safetensors")
+    with torch.no_grad():
+        answer = made(x)
+        assert answer.shape == (2, 3) and answer.dtype == torch.float32
+        assert torch.equal(again(x), answer)
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Settings that have no default."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", 10), ("test", 4)):
+        for name in ("cat", "dog"):
+            home = tmp_path / part / name
+            home.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(random.integers(0, 256, (6, 8, 3), np.uint8)).save(home / f"{i}.png")
+    return {"folder": {"root": str(tmp_path)}}
+
+
+@pytest.mark.parametrize("name", plugins.names("data"))
+def test_a_source_gives_three_disjoint_splits_of_all_classes(name, sources):
+    source = plain.load(Source, {"use": name, **sources.get(name, {})})
+    content = source.read(None)
+    splits = [getattr(content, split) for split in SPLITS]
+    assert len({s.images.shape[1:] for s in splits}) == 1
+    for split in splits:
+        assert split.images.dtype == np.uint8 and split.images.ndim == 4 and split.labels.dtype == np.int64
+        assert len(split.images) == len(split.labels)
+        assert set(split.labels.tolist()) == set(range(len(content.classes)))
+    seen = [{image.tobytes() for image in split.images} for split in splits]
+    assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
+    assert source.fingerprint() == source.fingerprint()
+
+
+@pytest.mark.parametrize("name", plugins.names("targets"))
+def test_a_target_has_a_dialect_and_says_what_is_missing(name):
+    target = plain.load(Target, {"use": name})
+    assert isinstance(target.dialect, Dialect)
+    assert isinstance(target.missing(), str)
+    assert isinstance(replace(target, threads=2).runtime, str)
