@@ -175,11 +175,18 @@ def imports(module: str) -> frozenset[str]:
     for node in ast.walk(ast.parse(source(module))):
         if isinstance(node, ast.ImportFrom) and node.module:
             below = [f"{node.module}.{a.name}" for a in node.names] if node.module.startswith("edgekd") else []
-            modules = [name for name in below if find_spec(name)] if len(node.module.split(".")) < 3 else []
-            found.update(modules or [node.module])
+            found.update([name for name in below if is_module(name)] or [node.module])
         elif isinstance(node, ast.Import):
             found.update(a.name for a in node.names)
     return frozenset(found)
+
+
+def is_module(name: str) -> bool:
+    """Whether `from a import b` names a module `a.b`, and not something inside of `a`."""
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # `a` is no package
+        return False
 
 
 @cache
