@@ -1,17 +1,23 @@
 """What every plug-in promises; a new file in a plug-in folder is found here without being listed."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from edgekd.configuration import configured
 from edgekd.core import plain, plugins
+from edgekd.core.artifact import File
 from edgekd.core.model import Model
 from edgekd.core.target import Dialect, Target
 from edgekd.core.task import SPLITS, Source
 from edgekd.learn import weights
+from edgekd.stages.calibrate import collect
+from edgekd.stages.prepare import prepare
 
 MODELS = {"python": {"function": "tests.zoo:Toy"}}  # settings that have no default
 EVERY = [(folder, name) for folder in plugins.FOLDERS for name in plugins.names(folder)]
@@ -70,3 +76,15 @@ def test_a_target_has_a_dialect_and_says_what_is_missing(name):
     assert isinstance(target.dialect, Dialect)
     assert isinstance(target.missing(), str)
     assert isinstance(replace(target, threads=2).runtime, str)
+
+
+def test_the_calibration_set_that_ships_is_what_the_recipe_makes(tmp_path):
+    config = configured("digits", (), (), False)
+    task = prepare(tmp_path, config.data, None)
+    made = collect(tmp_path, task, config.calib, "digits")
+    shipped = Path(__file__).parent.parent / "calib_data" / "digits"
+    old, new = (json.loads((home / "manifest.json").read_text()) for home in (shipped, made.manifest.path.parent))
+    assert old["indices"] == new["indices"] and old["split"] == "train"
+    with np.load(shipped / "images.npz") as before, np.load(made.images.path) as after:
+        assert np.allclose(before["image"], after["image"], atol=1e-5)
+    assert File.of(shipped / "images.npz").sha256 == old["file"]["sha256"]
