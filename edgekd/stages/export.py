@@ -109,7 +109,7 @@ def translate(network: nn.Module, images: np.ndarray, opset: int) -> onnx.ModelP
                 output_names=[OUTPUT],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
             )
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:  # NotImplementedError is a RuntimeError
         root: BaseException = error
         while root.__cause__:
             root = root.__cause__
