@@ -21,7 +21,7 @@ from edgekd.core.method import Phase
 from edgekd.core.processor import flags
 from edgekd.core.task import Arrays, Augment, Split, Task
 from edgekd.learn.feed import Feed
-from edgekd.learn.losses import cross_entropy
+from edgekd.learn.losses import supervised
 from edgekd.learn.trainer import TrainConfig, Trainer
 from edgekd.models.resnet import ResNet
 
@@ -85,7 +85,7 @@ def rate(precision: str, arrays: Arrays, task: Task) -> float:
     config = TrainConfig(batch=256, precision="bf16" if precision == "bf16" else "fp32")
     trainer = Trainer(feed, feed, config, 0, device)
     network = ResNet(20, 16).build(10, 3).to(memory_format=torch.channels_last)
-    phase = Phase("speed", (network,), lambda b: {"task": cross_entropy(network(b.x), b.y)}, 1)
+    phase = Phase("speed", (network,), lambda b: {"task": supervised(network(b.x), b.y)}, 1)
     network.train()
     optimiser = trainer.optimiser(phase)
     started = time.perf_counter()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
+from edgekd.core.model import Model
 from edgekd.core.settings import Plugin
 
 if TYPE_CHECKING:  # core never imports torch when it runs: `edgekd bench` works without it
@@ -22,7 +23,7 @@ class Batch:
     """One mini-batch, already on the training device."""
 
     x: Tensor  # (N, C, H, W) float32
-    y: Tensor  # (N,) int64
+    y: Tensor  # (N,) int64, -1 where unlabelled; of a dense task (N, K, H, W) float32, NaN where unknown
     index: Tensor  # (N,) position of each sample in its split, for memory banks
     progress: float  # how much of the phase is over, 0 to 1, for warm-ups and fading weights
 
@@ -40,6 +41,7 @@ class Phase:
     epochs: int
     span: tuple[float, float] = (0.0, 1.0)  # the stretch of the learning-rate schedule that it runs through
     decay: Mapping[nn.Module, float] = field(default_factory=dict)  # weight decay, where not the trainer's
+    samples: Sequence[int] | None = None  # learn from these training images only (Batch.index); None: from all
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class Outcome:
     accuracy: float | None  # of lesson.student, 0 to 1; None if the phase does not train it
 
 
+def not_here(model: Model) -> nn.Module:
+    raise NotImplementedError("this lesson cannot build networks")
+
+
 @dataclass(frozen=True)
 class Lesson:
     """One student, its teachers, and the budget to teach it in."""
@@ -57,8 +63,12 @@ class Lesson:
     student: nn.Module
     teachers: tuple[nn.Module, ...]
     epochs: int  # a method may spend fewer, never more
-    classes: int
+    classes: int  # of a dense task: values of each pixel
     sample: Callable[[int], Iterator[Batch]]  # the first training batches, unaugmented, in a fixed order
+    dense: bool = False  # answers are maps (N, classes, H, W), not logits (N, classes)
+    knows: tuple[tuple[int | None, ...], ...] = ()  # each teacher's column for each class; (): the same classes
+    build: Callable[[Model], nn.Module] = not_here  # a network of a family for this task, with random weights
+    price: Callable[[nn.Module], float] | None = None  # measured latency on the first target, ms; None: not measured
     note: Callable[[str, Any], None] = lambda key, value: None  # tell the report what was chosen; plain JSON
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -24,19 +24,23 @@ class Feed:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def steps(self, batch: int) -> int:
-        """Batches of an epoch."""
-        return max(1, min(-(-len(self) // batch), len(self) // 2))
+    def steps(self, batch: int, samples: Sequence[int] | None = None) -> int:
+        """Batches of an epoch, over all images or some."""
+        count = len(self) if samples is None else len(samples)
+        return max(1, min(-(-count // batch), count // 2))
 
-    def shuffled(self, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def shuffled(
+        self, batch: int, seed: int, samples: Sequence[int] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """One epoch of (x, y, index) in batches of like, even size: none is too small for BatchNorm.
 
         Even, because torch 2.13 writes beyond its buffers in the backward pass of strided 1x1 convolutions with fewer
         than 16 channels, channels-last, odd batch. If the split is odd, another image sits out each epoch.
         """
         random = np.random.default_rng(seed)
-        pairs = random.permutation(len(self))[: len(self) // 2 * 2].reshape(-1, 2)
-        for index in np.array_split(pairs, self.steps(batch)):
+        order = random.permutation(len(self) if samples is None else np.asarray(samples))
+        pairs = order[: len(order) // 2 * 2].reshape(-1, 2)
+        for index in np.array_split(pairs, self.steps(batch, samples)):
             yield self.gather(index.ravel(), random)
 
     def ordered(self, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

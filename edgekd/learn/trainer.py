@@ -103,10 +103,10 @@ class Trainer:
         return torch.optim.SGD([g for g in groups if g["params"]], c.lr, c.momentum, nesterov=True)
 
     def epoch(self, phase: Phase, epoch: int, optimiser: torch.optim.Optimizer, seed: int) -> dict[str, float]:
-        steps = self.train.steps(self.config.batch)
+        steps = self.train.steps(self.config.batch, phase.samples)
         sums: defaultdict[str, float] = defaultdict(float)
         start, end = phase.span
-        for step, (x, y, index) in enumerate(self.train.shuffled(self.config.batch, seed)):
+        for step, (x, y, index) in enumerate(self.train.shuffled(self.config.batch, seed, phase.samples)):
             progress = (epoch + step / steps) / phase.epochs
             for group in optimiser.param_groups:
                 group["lr"] = self.config.rate(start + (end - start) * progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
-from edgekd.learn.losses import cross_entropy
+from edgekd.learn.losses import supervised
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Alone(Method):
         student = lesson.student
 
         def loss(batch: Batch) -> Losses:
-            return {"task": cross_entropy(student(batch.x), batch.y)}
+            return {"task": supervised(student(batch.x), batch.y)}
 
         yield Phase("alone", trains=(student,), loss=loss, epochs=lesson.epochs)
         return {"student": student}

@@ -41,7 +41,7 @@ from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
 from edgekd.core.settings import Settings
 from edgekd.learn.layers import Layer, cuts, layers, look
-from edgekd.learn.losses import cross_entropy, soft_kl
+from edgekd.learn.losses import soft_kl, supervised
 from edgekd.learn.taps import Taps
 
 MOMENTS = 0.1  # weight of mean and spread beside the standardised features
@@ -186,9 +186,9 @@ class KPN(Method):
     def task(self, logits: Tensor, answer: Tensor, labels: Tensor) -> Tensor:
         """L_p: cross-entropy, with softened logits mixed in if wanted."""
         if self.logits == 0:
-            return cross_entropy(logits, labels)
+            return supervised(logits, labels)
         soft = soft_kl(logits, answer, self.temperature)
-        return (1 - self.logits) * cross_entropy(logits, labels) + self.logits * soft
+        return (1 - self.logits) * supervised(logits, labels) + self.logits * soft
 
     def gap(self, projected: Tensor, own: Tensor) -> Tensor:
         """L_KP of (N, C, H, W) features, standardised per channel, with a little for what that takes out."""
