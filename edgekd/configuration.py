@@ -12,7 +12,7 @@ from edgekd.core.method import Method
 from edgekd.core.model import Model
 from edgekd.core.settings import Settings
 from edgekd.core.target import Target
-from edgekd.core.task import Source
+from edgekd.core.task import Scale, Source
 from edgekd.learn.trainer import TrainConfig
 from edgekd.stages.benchmark import BenchConfig
 from edgekd.stages.calibrate import CalibConfig
@@ -36,10 +36,14 @@ class TeacherConfig(Settings):
     train: TrainConfig = TrainConfig()
     seed: int = 0
     with_validation: bool = False  # learn from the validation split, too
+    data: Source | None = None  # what it learnt from; None: the student's data
+    outputs: int | None = None  # of a checkpoint: it answers for so many classes, none of which the data has
 
     def __post_init__(self) -> None:
-        at_least(1, epochs=self.epochs)
+        at_least(1, epochs=self.epochs, outputs=self.outputs)
         at_least(0, seed=self.seed)
+        if self.outputs and (self.data or not self.checkpoint):
+            raise ConfigError("outputs is for a checkpoint without its data", hint="leave out `outputs`")
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,16 @@ class StudentConfig(Settings):
     epochs: int = 40
     train: TrainConfig = TrainConfig()
     seed: int = 0
-    labels_per_class: int | None = None  # labelled training images of each class; None: all
+    labels_per_class: int | None = None  # labelled training images of each class (of a dense task: in all); None: all
+    unlabelled: int = 0  # of the other training images, mixed in without their labels
 
     def __post_init__(self) -> None:
         at_least(1, epochs=self.epochs, labels_per_class=self.labels_per_class)
-        at_least(0, seed=self.seed)
+        at_least(0, seed=self.seed, unlabelled=self.unlabelled)
+        if self.unlabelled and self.labels_per_class is None:
+            raise ConfigError(
+                f"unlabelled is {self.unlabelled}, but all images are labelled", hint="set labels_per_class"
+            )
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,8 @@ class BuildConfig(Settings):
     calib: CalibConfig = CalibConfig()
     quantize: QuantizeConfig = QuantizeConfig()
     bench: BenchConfig = BenchConfig()
+    more_teachers: tuple[TeacherConfig, ...] = ()  # for methods that learn from several
+    scale: Scale | None = None  # of the inputs, where a checkpoint demands it; None: that of the (teacher's) images
     images_per_class: int | None = None  # of each of training and test data; None: all
 
     def __post_init__(self) -> None:
@@ -83,7 +94,8 @@ def smoke(config: BuildConfig) -> BuildConfig:
         name=f"{config.name}-smoke",
         images_per_class=20,
         teacher=replace(config.teacher, epochs=2),
-        student=replace(config.student, epochs=4, labels_per_class=None),
+        more_teachers=tuple(replace(t, epochs=2) for t in config.more_teachers),
+        student=replace(config.student, epochs=4, labels_per_class=None, unlabelled=0),
         calib=replace(config.calib, images=16),
         bench=replace(config.bench, blocks=4, calls=16, warmup_s=0.05, metrics=("top1", "agreement", "p50_ms")),
     )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,21 +14,24 @@ from edgekd.core import plain, plugins, processor
 from edgekd.core.artifact import File, Weights
 from edgekd.core.errors import ConfigError
 from edgekd.core.ledger import Ledger, code
+from edgekd.core.method import Method
 from edgekd.core.onnx_facts import Exported
 from edgekd.core.record import DataFacts, Record
 from edgekd.core.target import Target
-from edgekd.core.task import SPLITS, Task
+from edgekd.core.task import SPLITS, Scale, Task
 from edgekd.core.trial import BenchResult, Contestant, Role
 from edgekd.learn.trainer import TrainConfig, resolved
 from edgekd.methods.alone import Alone
+from edgekd.stages.assign import assigned
 from edgekd.stages.benchmark import BenchConfig, benchmark, runner_path
 from edgekd.stages.calibrate import CalibrationSet, collect
 from edgekd.stages.carry import export_trained
 from edgekd.stages.compare import table
 from edgekd.stages.distill import Course, Trained, adopt, distill
 from edgekd.stages.prepare import exam, prepare
+from edgekd.stages.price import Priced
+from edgekd.stages.publish import Rendered, publish, rendered, replace_files, templates
 from edgekd.stages.quantize import quantize
-from edgekd.stages.report import report
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")  # whose versions a result depends on
 Family = tuple[Trained, ...]  # what one method makes of one student
@@ -43,19 +44,20 @@ def build(config: BuildConfig, out: Path, calib_root: Path, command: str) -> Rec
     """
     ledger = Ledger(out / "steps")
     with ledger.locked():
-        task = ledger.step("data", Task, prepare, config.data, config.images_per_class)
+        task, taught = tasks(ledger, config)
         inputs = ledger.step("exam", File, exam, task)  # cheap, and may fail: before the hours of training
-        calib = ledger.step("calib", CalibrationSet, collect, task, config.calib, plugins.name_of(config.data))
+        calib = calibration(ledger, config, task)
         replace_files((calib.images, calib.manifest), calib_root / config.name)
-        teacher = teach(ledger, config, task)
-        students = teach_students(ledger, config, task, teacher)
+        teachers = teach(ledger, config, taught)
+        students = teach_students(ledger, config, task, calib, teachers)
+        networks = (teachers[0], *students)
         exported = {
             t.weights.name: ledger.step(f"export-{t.weights.name}", Exported, export_trained, t, task, config.export)
-            for t in (teacher, *students)
+            for t in networks
         }
         results = [
-            deliver(ledger, config, target, task, calib, inputs, (teacher, *students), exported)
-            for target in config.targets
+            deliver(ledger, config, name, target, task, calib, inputs, networks, exported)
+            for name, target in named(config.targets).items()
         ]
         record = Record(
             name=config.name,
@@ -64,7 +66,7 @@ def build(config: BuildConfig, out: Path, calib_root: Path, command: str) -> Rec
             command=command,
             config=plain.dump(config),
             data=data_facts(config, task),
-            teacher=teacher.weights,
+            teacher=teachers[0].weights,
             students=tuple(s.weights for s in students),
             models=(*(e.single for e in exported.values()), *(int8.single for _, int8s in results for int8 in int8s)),
             benches=tuple(bench for bench, _ in results),
@@ -76,41 +78,101 @@ def build(config: BuildConfig, out: Path, calib_root: Path, command: str) -> Rec
 
 
 def distilled(config: BuildConfig, out: Path) -> tuple[Weights, ...]:
-    """The first half of `build`: the teacher's weights, then those of every student."""
+    """The first half of `build`: the teachers' weights, then those of every student."""
     ledger = Ledger(out / "steps")
     with ledger.locked():
-        task = ledger.step("data", Task, prepare, config.data, config.images_per_class)
-        teacher = teach(ledger, config, task)
-        return tuple(t.weights for t in (teacher, *teach_students(ledger, config, task, teacher)))
+        task, taught = tasks(ledger, config)
+        teachers = teach(ledger, config, taught)
+        students = teach_students(ledger, config, task, calibration(ledger, config, task), teachers)
+        return tuple(t.weights for t in (*teachers, *students))
 
 
-def teach(ledger: Ledger, config: BuildConfig, task: Task) -> Trained:
-    """The teacher: from its checkpoint, or trained on labels here."""
-    c = config.teacher
-    if c.checkpoint:
-        path = Path(c.checkpoint)
-        if not path.is_file():
-            raise ConfigError(f"teacher.checkpoint: there is no file `{path}`", hint="check the path")
-        return ledger.step("teacher", Trained, adopt, "teacher", task, c.model, File.of(path), c.trust)
-    course = Course(c.epochs, ready(c.train), config.data.augment, c.seed, with_validation=c.with_validation)
-    (made,) = ledger.step("teacher", Family, distill, "teacher", task, c.model, Alone(), course, ())
-    return made
+def tasks(ledger: Ledger, config: BuildConfig) -> tuple[Task, tuple[Task, ...]]:
+    """What the student learns, and what each teacher learnt. All inputs are scaled alike, as the first teacher's."""
+    limit, scale = config.images_per_class, config.scale
+    sources = [t.data for t in (config.teacher, *config.more_teachers)]
+    taught = []
+    for name, source in zip(teacher_names(config), sources, strict=True):
+        if source is not None:
+            taught.append(ledger.step(f"data-{name}", Task, prepare, source, limit, scale))
+            scale = scale or Scale(taught[0].mean, taught[0].std)
+    task = ledger.step("data", Task, prepare, config.data, limit, scale)
+    known = iter(taught)
+    return task, tuple(task if source is None else next(known) for source in sources)
 
 
-def teach_students(ledger: Ledger, config: BuildConfig, task: Task, teacher: Trained) -> tuple[Trained, ...]:
+def teacher_names(config: BuildConfig) -> list[str]:
+    return ["teacher", *(f"teacher{n}" for n in range(2, 2 + len(config.more_teachers)))]
+
+
+def calibration(ledger: Ledger, config: BuildConfig, task: Task) -> CalibrationSet:
+    return ledger.step("calib", CalibrationSet, collect, task, config.calib, plugins.name_of(config.data))
+
+
+def teach(ledger: Ledger, config: BuildConfig, taught: tuple[Task, ...]) -> tuple[Trained, ...]:
+    """The teachers: each from its checkpoint, or trained here on the labels of its task."""
+    made = []
+    teachers = (config.teacher, *config.more_teachers)
+    for name, c, task in zip(teacher_names(config), teachers, taught, strict=True):
+        if c.checkpoint:
+            path = Path(c.checkpoint)
+            if not path.is_file():
+                raise ConfigError(f"{name}.checkpoint: there is no file `{path}`", hint="check the path")
+            made.append(ledger.step(name, Trained, adopt, name, task, c.model, File.of(path), c.trust, c.outputs))
+            continue
+        augment = (c.data or config.data).augment
+        course = Course(c.epochs, ready(c.train), augment, c.seed, with_validation=c.with_validation)
+        made += ledger.step(name, Family, distill, name, task, c.model, Alone(), course, ())
+    return tuple(made)
+
+
+def teach_students(
+    ledger: Ledger, config: BuildConfig, task: Task, calib: CalibrationSet, teachers: tuple[Trained, ...]
+) -> tuple[Trained, ...]:
     """The chosen method's students first, then the baselines'; one without a teacher is always among them."""
     c = config.student
-    course = Course(c.epochs, ready(c.train), config.data.augment, c.seed, c.labels_per_class)
     made: list[Trained] = []
     for method in unique((c.method, *c.baselines, Alone())):
         name = plugins.name_of(method)
-        made += ledger.step(f"distill-{name}", Family, distill, name, task, c.model, method, course, (teacher,))
+        made += ledger.step(
+            f"distill-{name}",
+            Family,
+            distill,
+            name,
+            task,
+            c.model,
+            method,
+            course(config, c.seed),
+            teachers,
+            pricing(config, method, calib),
+        )
     return tuple(made)
+
+
+def course(config: BuildConfig, seed: int) -> Course:
+    """How every student is taught."""
+    c = config.student
+    return Course(c.epochs, ready(c.train), config.data.augment, seed, c.labels_per_class, c.unlabelled)
+
+
+def pricing(config: BuildConfig, method: Method, calib: CalibrationSet) -> Priced | None:
+    """What measures latencies for a method that asks for them: the first target."""
+    return Priced(config.targets[0], calib, config.export, config.quantize) if method.priced else None
+
+
+def named(targets: tuple[Target, ...]) -> dict[str, Target]:
+    """Every target by its name, or what tells it from its like. Raises ConfigError for one that is there twice."""
+    names = [plugins.name_of(t) for t in targets]
+    labels = [f"{n}-{t.threads}t" if names.count(n) > 1 else n for n, t in zip(names, targets, strict=True)]
+    if len(set(labels)) < len(labels):
+        raise ConfigError(f"a target is there twice: {', '.join(labels)}", hint="keep one, or give it other threads")
+    return dict(zip(labels, targets, strict=True))
 
 
 def deliver(
     ledger: Ledger,
     config: BuildConfig,
+    name: str,
     target: Target,
     task: Task,
     calib: CalibrationSet,
@@ -119,7 +181,6 @@ def deliver(
     exported: dict[str, Exported],
 ) -> tuple[BenchResult, list[Exported]]:
     """Quantize the chosen method's students for one target, and measure them against everything else."""
-    name = plugins.name_of(target)
     chosen = [t.weights.name for t in networks[1:] if t.weights.method == plugins.name_of(config.student.method)]
     int8s = {
         n: ledger.step(
@@ -131,9 +192,10 @@ def deliver(
     for trained in networks:
         n, method = trained.weights.name, trained.weights.method
         role: Role = "teacher" if trained is networks[0] else "student" if n in int8s else "baseline"
-        contestants.append(contestant(role, method, exported[n]))
+        knows = trained.classes == task.classes
+        contestants.append(contestant(role, method, exported[n], knows))
         if n in int8s:
-            contestants.append(contestant(role, method, int8s[n]))
+            contestants.append(contestant(role, method, int8s[n], knows))
     reference = next(c.name for c in contestants if c.role == "student")
     bench = ledger.given(circumstances(target, config.bench)).step(
         f"bench-{name}",
@@ -141,21 +203,20 @@ def deliver(
         benchmark,
         tuple(contestants),
         name,
-        target,
+        replace(target, budget_ms=None),
         inputs,
         task.test.labels,
         reference,
         config.bench,
     )
-    return bench, list(int8s.values())
+    accuracy = {f"{t.weights.name} int8": t.weights.valid_accuracy or 0.0 for t in networks[1:]}
+    return assigned(bench, target.budget_ms, accuracy), list(int8s.values())
 
 
-def contestant(role: Role, method: str, model: Exported) -> Contestant:
+def contestant(role: Role, method: str, model: Exported, knows: bool) -> Contestant:
     single = model.single
-    name = single.name.removesuffix("-int8")
-    return Contestant(
-        f"{name} {single.precision}", role, method, single.precision, single.file, single.macs, single.parameters
-    )
+    name = f"{single.name.removesuffix('-int8')} {single.precision}"
+    return Contestant(name, role, method, single.precision, single.file, single.macs, single.parameters, knows)
 
 
 def ready(config: TrainConfig) -> TrainConfig:
@@ -166,11 +227,12 @@ def ready(config: TrainConfig) -> TrainConfig:
 def data_facts(config: BuildConfig, task: Task) -> DataFacts:
     counts = {name: len(np.load(getattr(task, name).labels.path)) for name in SPLITS}
     few = config.student.labels_per_class
+    labelled = counts["train"] if few is None else few * (1 if task.dense else len(task.classes))
     return DataFacts(
         source=plugins.name_of(config.data),
         classes=task.classes,
         shape=task.shape,
-        student_train=counts["train"] if few is None else few * len(task.classes),
+        student_train=labelled,
         calibration=config.calib.images,
         **counts,
     )
@@ -187,40 +249,6 @@ def circumstances(target: Target, config: BenchConfig) -> dict[str, object]:
     }
 
 
-def replace_files(files: Iterable[File], home: Path) -> None:
-    """Copy files to where people look for them, each whole or not at all."""
-    home.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        partial = home / f"{file.path.name}.partial"
-        shutil.copyfile(file.path, partial)
-        partial.replace(home / file.path.name)
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """The report in all its forms, with the raw samples."""
-
-    files: tuple[File, ...]
-
-
-def rendered(out: Path, record: Record) -> Rendered:
-    report(record, out)
-    return Rendered(tuple(File.of(path) for path in sorted(out.iterdir()) if path.is_file()))
-
-
-def templates() -> list[File]:
-    """What the report is filled into; no module imports them, so the ledger has to be told."""
-    return [File.of(path) for path in sorted(Path(report.__code__.co_filename).parent.glob("*.j2"))]
-
-
-def publish(made: Rendered, out: Path) -> None:
-    replace_files(made.files, out)
-    current = {file.path.name for file in made.files}
-    for old in out.glob("samples-*.npz"):
-        if old.name not in current:
-            old.unlink()
-
-
 def summary(record: Record) -> dict[str, object]:
     """What a machine wants to know of a build."""
     return {
@@ -232,6 +260,7 @@ def summary(record: Record) -> dict[str, object]:
             }
             for bench in record.benches
         },
+        "ships": {bench.target: bench.ships for bench in record.benches if bench.ships},
         "not_measured": {bench.target: bench.not_measured for bench in record.benches if bench.not_measured},
     }
 

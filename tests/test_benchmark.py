@@ -394,8 +394,10 @@ def test_an_int8_file_is_compared_with_the_float_file_of_its_own_method() -> Non
     orphan = contestant("dkd int8", nowhere, method="dkd", precision="int8")
     all_of_them = (mine, other, int8, orphan)
     assert [stage.original(c, all_of_them, "kd fp32") for c in all_of_them] == [None, None, 1, 0]
-    twice = (*all_of_them, contestant("kpn wide fp32", nowhere, method="kpn"))
-    assert stage.original(int8, twice, "kd fp32") is None, "it could come from either"
+    family = (*all_of_them, contestant("kpn wide fp32", nowhere, method="kpn"))
+    assert stage.original(int8, family, "kd fp32") == 1, "its own name decides within a family"
+    odd = contestant("kpn small int8", nowhere, method="kpn", precision="int8")
+    assert stage.original(odd, family, "kd fp32") is None, "it could come from either"
 
 
 def test_measuring_and_its_metrics_work_without_torch(exam: tuple[File, File], tmp_path: Path) -> None:

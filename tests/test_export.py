@@ -43,7 +43,7 @@ def network():
 @pytest.fixture(scope="module")
 def exported(network, tmp_path_factory):
     out = tmp_path_factory.mktemp("export")
-    return export(out, "student", network, digits(), 10, ExportConfig(), {"mean": json.dumps([0.3])})
+    return export(out, "student", network, digits(), (10,), ExportConfig(), {"mean": json.dumps([0.3])})
 
 
 def torch_answers(network, images):
@@ -98,7 +98,7 @@ def test_batchnorms_are_folded(exported):
 
 
 def test_equal_networks_give_equal_bytes(exported, network, tmp_path):
-    again = export(tmp_path, "student", network.to(memory_format=torch.channels_last), digits(), 10, ExportConfig(),
+    again = export(tmp_path, "student", network.to(memory_format=torch.channels_last), digits(), (10,), ExportConfig(),
                    {"mean": json.dumps([0.3])})  # fmt: skip
     assert again.single.file.sha256 == exported.single.file.sha256
     assert again.dynamic.file.sha256 == exported.dynamic.file.sha256
@@ -115,14 +115,14 @@ def test_the_files_hold_the_metadata_and_nothing_of_this_machine(exported):
 def test_export_leaves_the_network_as_it_was(tmp_path):
     network = lived_in().double().train()
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    export(tmp_path, "student", network, digits(4), 10, ExportConfig())
+    export(tmp_path, "student", network, digits(4), (10,), ExportConfig())
     assert network.training
     assert all(torch.equal(before[key], value) and value.dtype == before[key].dtype
                for key, value in network.state_dict().items())  # fmt: skip
 
 
 def test_the_exporter_says_nothing(tmp_path, capfd):
-    export(tmp_path, "student", lived_in(), digits(4), 10, ExportConfig())
+    export(tmp_path, "student", lived_in(), digits(4), (10,), ExportConfig())
     assert capfd.readouterr() == ("", "")
 
 
@@ -145,7 +145,7 @@ class Awkward(nn.Module):
 
 def test_networks_that_compute_with_the_batch_size_export_too(tmp_path):
     torch.manual_seed(0)
-    made = export(tmp_path, "awkward", Awkward(), digits(6), 10, ExportConfig())
+    made = export(tmp_path, "awkward", Awkward(), digits(6), (10,), ExportConfig())
     assert "Shape" not in onnx_facts.facts(made.single.file.path).nodes  # constant, for one image
 
 
@@ -201,19 +201,19 @@ class Branching(nn.Module):
 
 def test_a_network_that_torch_cannot_export_says_why(tmp_path, capfd):
     with pytest.raises(ExportError, match="torch cannot export `Branching` to ONNX: .*data-dependent"):
-        export(tmp_path, "branching", Branching(), digits(4), 1, ExportConfig())
+        export(tmp_path, "branching", Branching(), digits(4), (1,), ExportConfig())
     assert capfd.readouterr().out == ""
 
 
 def test_a_network_that_answers_no_logits_is_refused(tmp_path):
     with pytest.raises(ExportError, match=r"answers 4 images with \(4, 1, 16, 16\), not with \(4, 10\)"):
-        export(tmp_path, "identity", nn.Identity(), digits(4), 10, ExportConfig())
+        export(tmp_path, "identity", nn.Identity(), digits(4), (10,), ExportConfig())
 
 
 def test_a_network_for_other_images_is_told_in_a_sentence(tmp_path):
     says = r"the network does not take images of shape \(N, 1, 16, 16\): .*expected input.* to have 3 channels"
     with pytest.raises(ExportError, match=says) as error:
-        export(tmp_path, "rgb", CifarResNet(8, 4, 10, 3), digits(4), 10, ExportConfig())
+        export(tmp_path, "rgb", CifarResNet(8, 4, 10, 3), digits(4), (10,), ExportConfig())
     assert error.value.hint and not list(tmp_path.iterdir())
 
 
@@ -251,7 +251,7 @@ def test_macs_and_parameters_agree_with_pencil_and_paper(
 def test_resnet20_has_the_macs_of_its_paper(tmp_path):
     network = CifarResNet(20, 16, 10, 3)
     images = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
-    model = export(tmp_path, "resnet20", network, images, 10, ExportConfig()).single
+    model = export(tmp_path, "resnet20", network, images, (10,), ExportConfig()).single
     assert model.macs == pytest.approx(40.8e6, rel=1e-3)  # He et al. 2016: 0.27 M parameters
     assert model.parameters == pytest.approx(0.27e6, rel=0.01)
 

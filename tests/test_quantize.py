@@ -56,7 +56,7 @@ def exported(task, tmp_path_factory):
             optimiser.step()
     some = x[:16].numpy()
     out = tmp_path_factory.mktemp("export")
-    return export(out, "student", network, some, 10, ExportConfig(), {"classes": json.dumps(task.classes)})
+    return export(out, "student", network, some, (10,), ExportConfig(), {"classes": json.dumps(task.classes)})
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +260,7 @@ def test_networks_that_compute_with_the_batch_size_are_quantized_too(images, tmp
     torch.manual_seed(0)
     inputs = load_calibration(images.path, SPEC)
     made = quantize(
-        tmp_path, export(tmp_path, "awkward", Awkward(), inputs, 10, ExportConfig()), images, X86, QuantizeConfig()
+        tmp_path, export(tmp_path, "awkward", Awkward(), inputs, (10,), ExportConfig()), images, X86, QuantizeConfig()
     )
     assert made.single.macs == made.dynamic.macs > 0
     single, dynamic = (onnx_facts.answers(model.file.path, inputs) for model in (made.single, made.dynamic))

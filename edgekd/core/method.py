@@ -81,6 +81,11 @@ class Method(Plugin, ABC):
 
     FOLDER: ClassVar[str] = "methods"
 
+    @property
+    def priced(self) -> bool:
+        """Whether `teach` asks `lesson.price` for latencies."""
+        return False
+
     @abstractmethod
     def teach(self, lesson: Lesson) -> Script:
         """Yield each phase, be sent its outcome, return the students to deploy."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from edgekd.core.settings import Plugin
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Target(Plugin, ABC):
     FOLDER: ClassVar[str] = "targets"
 
     threads: int = 1  # of the runtime
+    budget_ms: float | None = None  # of the median latency: of a family of students, the most accurate within it ships
 
     @property
     @abstractmethod
@@ -39,3 +44,12 @@ class Target(Plugin, ABC):
     @abstractmethod
     def runtime(self) -> str:
         """The runner's name of the runtime: `onnxruntime`."""
+
+
+class Pricing(Protocol):
+    """Measures what a network costs on a target, for methods that have a latency budget."""
+
+    def possible(self) -> bool: ...
+
+    def price_ms(self, out: Path, network: nn.Module) -> float:
+        """The median latency of one image, ms; `out` is a folder to work in."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from edgekd.core.artifact import File
-from edgekd.core.settings import Plugin
+from edgekd.core.settings import Plugin, Settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,7 +17,10 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class Arrays:
-    """One split in memory: images (N, H, W, C) in uint8, labels (N,) in int64."""
+    """One split in memory: images (N, H, W, C) in uint8, labels (N,) in int64.
+
+    Labels of a dense task are maps (N, K, H, W) in float32, NaN where a pixel's value is not known.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -25,7 +28,7 @@ class Arrays:
 
 @dataclass(frozen=True)
 class Content:
-    """What a source reads: its three splits and the names of the classes."""
+    """What a source reads: its three splits and the names of the classes; of a dense task, of the values of a pixel."""
 
     train: Arrays
     valid: Arrays
@@ -60,9 +63,17 @@ class Source(Plugin, ABC):
 
 
 @dataclass(frozen=True)
+class Scale(Settings):
+    """What a network's inputs are scaled by, per channel: (image / 255 - mean) / std."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Split:
     images: File  # .npy, (N, H, W, C) uint8
-    labels: File  # .npy, (N,) int64
+    labels: File  # .npy, (N,) int64; of a dense task (N, K, H, W) float32
 
     def load(self) -> Arrays:
         import numpy as np
@@ -79,8 +90,13 @@ class Task:
     test: Split
     classes: tuple[str, ...]
     shape: tuple[int, int, int]  # channels, height, width
-    mean: tuple[float, ...]  # per channel, of the training split
+    mean: tuple[float, ...]  # per channel
     std: tuple[float, ...]
+    dense: bool = False  # an answer is a map (N, len(classes), H, W), not logits (N, len(classes))
+
+    def answer(self, count: int) -> tuple[int, ...]:
+        """The shape of a network's answer to `count` images."""
+        return (count, len(self.classes), *(self.shape[1:] if self.dense else ()))
 
     def inputs(self, images: np.ndarray) -> np.ndarray:
         """(N, H, W, C) uint8 to the network's input, (N, C, H, W) float32."""

@@ -24,6 +24,7 @@ class Contestant:
     file: File
     macs: int
     parameters: int
+    knows: bool = True  # it answers for the classes of the labels; a teacher of another task does not
 
 
 @dataclass(frozen=True)
@@ -104,3 +105,4 @@ class BenchResult:
     samples: File | None  # .npz with ns, block and model of every timed call
     started: str  # UTC, ISO 8601
     seconds: float
+    ships: str = ""  # the contestant for this target: of several students, the most accurate within its latency budget

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from edgekd.core.errors import ConfigError, DataError
+from edgekd.core.plugins import unknown
 from edgekd.core.progress import bar
 from edgekd.core.splits import stratified
 from edgekd.core.task import Arrays, Augment, Content, Source
@@ -28,8 +29,11 @@ class Folder(Source):
     crop: int = 4
     flip: bool = True
     seed: int = 0  # of the train/valid cut
+    only: tuple[str, ...] = ()  # leave out the other classes; empty: leave out none
 
     def __post_init__(self) -> None:
+        if len(self.only) == 1:
+            raise ConfigError(f"data.only names one class (`{self.only[0]}`)", hint="a classifier needs two or more")
         if not 0 < self.valid < 1:
             raise ConfigError(f"data.valid is {self.valid}", hint="use a share between 0 and 1, such as 0.1")
         if self.size is not None and self.size < 1:
@@ -90,7 +94,10 @@ class Folder(Source):
             raise DataError(
                 f"`{home}` has no class folders", hint="put the images of each class in a folder of its own"
             )
-        return names
+        for name in self.only:
+            if name not in names:
+                raise unknown(f"data.only: `{home}` has no class folder `{name}`", name, names)
+        return [name for name in names if name in self.only or not self.only]
 
     def files(self, part: str, limit: int | None = None) -> list[Path]:
         """The images of a part, in a fixed order; at most `limit` of each class."""

@@ -180,17 +180,20 @@ def trials(
         twin = original(contestant, contestants, reference)
         compared = np.zeros((0, 0), np.float32) if twin is None else logits[twin]
         block = np.repeat(np.arange(len(ns[index])), ns[index].shape[1])
-        seen.append(Trial(ns[index].ravel(), block, logits[index], compared, truth))
+        seen.append(Trial(ns[index].ravel(), block, logits[index], compared, truth if contestant.knows else truth[:0]))
     return seen
 
 
 def original(contestant: Contestant, contestants: tuple[Contestant, ...], reference: str) -> int | None:
-    """The float file that an INT8 one came from: of its role and method, or else `reference`.
+    """The float file that an INT8 one came from: of its name, or of its role and method, or else `reference`.
 
     None for float files, for which agreement says nothing, and where several could be meant.
     """
     if contestant.precision != "int8":
         return None
+    names = [c.name for c in contestants]
+    if (twin := f"{contestant.name.removesuffix('int8')}fp32") in names:
+        return names.index(twin)
     kin = (contestant.role, contestant.method, "fp32")
     found = [i for i, c in enumerate(contestants) if (c.role, c.method, c.precision) == kin]
     found = found or [i for i, c in enumerate(contestants) if c.name == reference]

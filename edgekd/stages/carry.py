@@ -15,15 +15,16 @@ from edgekd.core.onnx_facts import Exported
 from edgekd.core.task import Task
 from edgekd.learn import weights
 from edgekd.stages.calibrate import load_calibration
-from edgekd.stages.distill import Trained, network
+from edgekd.stages.distill import Trained
 from edgekd.stages.export import ExportConfig, export
 
 
 def export_trained(out: Path, trained: Trained, task: Task, config: ExportConfig) -> Exported:
     """The ONNX files of a trained network, compared with torch on validation images."""
     images = task.inputs(task.valid.load().images[: config.images])
-    facts = {"classes": "\n".join(task.classes), "mean": str(task.mean), "std": str(task.std)}
-    return export(out, trained.weights.name, network(trained, task), images, len(task.classes), config, facts)
+    answer = (len(trained.classes), *task.answer(1)[2:])
+    facts = {"classes": "\n".join(trained.classes), "mean": str(task.mean), "std": str(task.std)}
+    return export(out, trained.weights.name, trained.network(), images, answer, config, facts)
 
 
 def export_checkpoint(
@@ -42,7 +43,7 @@ def export_checkpoint(
     weights.load(built, checkpoint, trust)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".edgekd-", dir=out.parent) as folder:  # beside it: a rename, not a copy
-        made = export(Path(folder), out.stem, built, inputs, classes, config).single
+        made = export(Path(folder), out.stem, built, inputs, (classes,), config).single
         made.file.path.replace(out)
     return replace(made, file=File.of(out))
 

@@ -49,13 +49,14 @@ def export(
     name: str,
     network: nn.Module,
     images: np.ndarray,
-    classes: int,
+    answer: tuple[int, ...] | None,
     config: ExportConfig,
     metadata: Mapping[str, str] | None = None,
 ) -> Exported:
     """Write `NAME.onnx` (batch 1) and `NAME-dynamic.onnx` into `out`; `network` stays as it is.
 
-    `images` are real network inputs, (N, C, H, W) float32. `metadata` (mean, std, class names ...) goes into the files.
+    `images` are real network inputs, (N, C, H, W) float32. `answer` is the shape that one image must be answered with;
+    None takes what comes. `metadata` (mean, std, class names ...) goes into the files.
     Raises ExportError if the network cannot be exported as asked, ParityError if a file answers otherwise than torch.
     """
     import torch
@@ -72,11 +73,12 @@ def export(
             f"the network does not take images of shape (N, {', '.join(map(str, images.shape[1:]))}): {cause}",
             hint="give it the channels and the size that it was made for",
         ) from error
-    if not isinstance(logits, torch.Tensor) or logits.shape != (len(images), classes):
+    wanted = (len(images), *(answer if answer is not None else getattr(logits, "shape", (0,))[1:]))
+    if not isinstance(logits, torch.Tensor) or logits.shape != wanted:
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
         raise ExportError(
-            f"`{type(network).__name__}` answers {len(images)} images with {got}, not with {(len(images), classes)}",
-            hint="forward() must return the logits alone, one row per image and one column per class",
+            f"`{type(network).__name__}` answers {len(images)} images with {got}, not with {wanted}",
+            hint="forward() must return the answers alone: logits, one row per image and one column per class, or maps",
         )
     want = logits.numpy()
     single, dynamic = out / f"{name}.onnx", out / f"{name}-dynamic.onnx"
@@ -84,7 +86,7 @@ def export(
     onnx_files.write(model, dynamic, metadata or {})
     onnx_files.write(with_batch_of_one(model), single, metadata or {})
     for path, batch in ((single, 1), (dynamic, 0)):
-        check_form(onnx_facts.check(path), path, (batch, *images.shape[1:]), (batch, classes), config.opset)
+        check_form(onnx_facts.check(path), path, (batch, *images.shape[1:]), (batch, *wanted[1:]), config.opset)
         check_folded(path)
         compare(path, images, want, config.tolerance)
     alone = onnx_facts.described(single, name)

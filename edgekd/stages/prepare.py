@@ -9,31 +9,49 @@ import numpy as np
 from edgekd.core.artifact import File
 from edgekd.core.errors import DataError
 from edgekd.core.files import save_array
-from edgekd.core.task import SPLITS, Arrays, Content, Source, Split, Task
+from edgekd.core.task import SPLITS, Arrays, Content, Scale, Source, Split, Task
 
 
-def prepare(out: Path, source: Source, limit: int | None) -> Task:
-    """Write the splits of `source` as .npy files; at most `limit` images of each class."""
+def prepare(out: Path, source: Source, limit: int | None, scale: Scale | None = None) -> Task:
+    """Write the splits of `source` as .npy files; at most `limit` images of each class.
+
+    Inputs are scaled by the mean and deviation of the training images, or by `scale`, which a teacher may demand.
+    """
     content = source.read(limit)
     check_shapes(content)
+    dense = np.issubdtype(content.train.labels.dtype, np.floating)
     splits = {}
     for name in SPLITS:
         arrays: Arrays = getattr(content, name)
-        lacking = set(range(len(content.classes))) - set(np.unique(arrays.labels).tolist())
-        if lacking:
-            named = ", ".join(content.classes[i] for i in sorted(lacking))
-            raise DataError(f"the {name} split has no image of {named}", hint="give every class more images")
+        if not dense:
+            check_classes(name, arrays, content.classes)
         splits[name] = write(out, name, arrays)
-    pixels = content.train.images.reshape(-1, content.train.images.shape[-1])
-    mean, std = pixels.mean(0, dtype=np.float64) / 255, pixels.std(0, dtype=np.float64) / 255
     height, width, channels = content.train.images.shape[1:]
+    scale = scale or measured(content.train.images)
+    if len(scale.mean) != channels:
+        raise DataError(
+            f"the images have {channels} channels, their scale {len(scale.mean)}",
+            hint="teacher and student need images with the same channels",
+        )
     return Task(
-        **splits,
-        classes=content.classes,
-        shape=(channels, height, width),
-        mean=tuple(float(m) for m in mean),
-        std=tuple(float(max(s, 1e-3)) for s in std),  # a constant channel must not divide by zero
+        **splits, classes=content.classes, shape=(channels, height, width), mean=scale.mean, std=scale.std, dense=dense
     )
+
+
+def measured(images: np.ndarray) -> Scale:
+    """Mean and standard deviation of each channel of (N, H, W, C) images, as shares of 255."""
+    pixels = images.reshape(-1, images.shape[-1])
+    mean, std = pixels.mean(0, dtype=np.float64) / 255, pixels.std(0, dtype=np.float64) / 255
+    # a constant channel must not divide by zero
+    return Scale(tuple(float(m) for m in mean), tuple(float(max(s, 1e-3)) for s in std))
+
+
+def check_classes(name: str, arrays: Arrays, classes: tuple[str, ...]) -> None:
+    """Raises DataError unless every class has an image."""
+    lacking = set(range(len(classes))) - set(np.unique(arrays.labels).tolist())
+    if lacking:
+        named = ", ".join(classes[i] for i in sorted(lacking))
+        raise DataError(f"the {name} split has no image of {named}", hint="give every class more images")
 
 
 def check_shapes(content: Content) -> None:

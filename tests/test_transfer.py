@@ -1,0 +1,132 @@
+"""A teacher may know other classes than its student learns."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from edgekd.configuration import BuildConfig, StudentConfig, TeacherConfig
+from edgekd.core.errors import ConfigError, DataError
+from edgekd.core.ledger import Ledger
+from edgekd.core.method import Lesson
+from edgekd.core.task import Arrays, Augment
+from edgekd.data.folder import Folder
+from edgekd.learn.teachers import answering, answering_classes
+from edgekd.learn.trainer import TrainConfig, right
+from edgekd.methods.alone import Alone
+from edgekd.methods.fine_tune import FineTune
+from edgekd.methods.kd import KD
+from edgekd.methods.kpn import KPN
+from edgekd.models.resnet import ResNet
+from edgekd.pipeline import build, distilled, tasks
+from edgekd.stages.benchmark import BenchConfig
+from edgekd.stages.calibrate import CalibConfig
+from edgekd.stages.distill import Course, Trained, few, knows
+from edgekd.targets.cpu import Cpu
+from tests.pictures import write_folder
+
+QUICK = TrainConfig(batch=16, precision="fp32")
+
+
+def trained(*classes):
+    return Trained(None, None, classes, 1)
+
+
+def test_what_a_teacher_knows_is_told_by_the_names_of_classes():
+    assert knows(("cat", "dog"), (trained("cat", "dog"),)) == ()
+    assert knows(("cat", "dog"), (trained("dog", "fox", "cat"), trained("cat", "dog"))) == ((2, 0), (0, 1))
+    assert knows(("cat", "dog"), (trained("", "", ""),)) == ((None, None),)
+
+
+def a_lesson(teacher_knows, dense=False):
+    torch.manual_seed(0)
+    teachers = (torch.nn.Flatten(),)
+    return Lesson(torch.nn.Flatten(), teachers, 1, 2, None, dense=dense, knows=teacher_knows)
+
+
+def test_answers_are_put_into_the_order_of_the_students_classes():
+    x = torch.tensor([[1.0, 2.0, 3.0]])
+    assert answering(a_lesson(((2, 0),)))(x).tolist() == [[3.0, 1.0]]
+    assert answering(a_lesson(()))(x).tolist() == x.tolist()
+
+
+def test_answers_for_other_classes_cannot_be_copied():
+    with pytest.raises(ConfigError, match="the teacher knows 1 of the 2 classes"):
+        answering(a_lesson(((2, None),)))
+    with pytest.raises(ConfigError, match="answers of this task are maps"):
+        answering_classes(a_lesson((), dense=True))
+
+
+def test_unlabelled_images_are_mixed_in_beside_the_labelled():
+    train = Arrays(np.zeros((12, 2, 2, 1), np.uint8), np.arange(12) % 3)
+    course = Course(1, QUICK, Augment(), 0, labels_per_class=1, unlabelled=5)
+    mixed = few(train, course)
+    assert sorted(mixed.labels.tolist()) == [-1, -1, -1, -1, -1, 0, 1, 2]
+    with pytest.raises(DataError, match="only 9 training images are left"):
+        few(train, Course(1, QUICK, Augment(), 0, labels_per_class=1, unlabelled=10))
+
+
+def test_pixels_within_a_factor_of_1_25_are_right():
+    answer = torch.tensor([1.0, 1.2, 1.3, -1.0, 5.0])
+    truth = torch.tensor([1.0, 1.0, 1.0, 1.0, float("nan")])
+    assert right(answer, truth) == 0.5
+
+
+def a_config(root, method, **teacher):
+    def some(*only):
+        return Folder(str(root), valid=0.25, crop=1, only=only)
+
+    return BuildConfig(
+        name="transfer",
+        data=some("b", "c"),
+        teacher=TeacherConfig(ResNet(8, 4), epochs=1, train=QUICK, **({"data": some("a", "c", "d")} | teacher)),
+        student=StudentConfig(ResNet(8, 4), method, epochs=3, train=QUICK),
+        targets=(Cpu(),),
+        calib=CalibConfig(images=4),
+        bench=BenchConfig(blocks=3, calls=4, warmup_s=0.01, metrics=("top1", "agreement", "p50_ms")),
+    )
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("pictures"), "abcd")
+
+
+def test_a_student_learns_from_a_teacher_of_other_classes(root, tmp_path):
+    record = build(a_config(root, KPN(receptive_tolerance=1.0)), tmp_path / "out", tmp_path / "calib", "")
+    assert record.data.classes == ("b", "c")
+    teacher, *students = record.benches[0].measurements
+    assert "top1" not in teacher.readings, "the teacher answers for other classes"
+    assert all("top1" in m.readings for m in students)
+    assert teacher.speedup is None and all(m.speedup for m in students)
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_inputs_are_scaled_as_the_teacher_learnt_them(root, tmp_path):
+    task, (taught,) = tasks(Ledger(tmp_path), a_config(root, KD()))
+    assert (task.mean, task.std) == (taught.mean, taught.std)
+    assert taught.classes == ("a", "c", "d")
+
+
+def test_methods_that_copy_answers_say_that_they_cannot(root, tmp_path):
+    with pytest.raises(ConfigError, match="the teacher knows 1 of the 2 classes"):
+        distilled(a_config(root, KD()), tmp_path)
+
+
+def test_the_big_teacher_is_fine_tuned(root, tmp_path):
+    fine, *_ = distilled(a_config(root, FineTune()), tmp_path)[1:]
+    assert [p.name for p in fine.phases] == ["head", "all"]
+
+
+def test_a_checkpoint_of_other_classes_needs_no_data(root, tmp_path):
+    torch.save(ResNet(8, 4).build(7, 3).state_dict(), tmp_path / "t.pt")
+    config = a_config(root, FineTune(), checkpoint=str(tmp_path / "t.pt"), data=None, outputs=7)
+    teacher, *_ = distilled(config, tmp_path / "out")
+    assert teacher.valid_accuracy is None
+
+
+def test_a_build_with_one_target_twice_is_refused(root, tmp_path):
+    config = replace(a_config(root, Alone()), targets=(Cpu(), Cpu()))
+    with pytest.raises(ConfigError, match="a target is there twice"):
+        build(config, tmp_path / "out", tmp_path / "calib", "")
