@@ -1,5 +1,6 @@
 """KPN against its paper: the loss by hand, who learns from what, which route is dropped."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Outcome
 from edgekd.learn.layers import layers
 from edgekd.learn.taps import Taps
-from edgekd.methods.kpn import KPN, Route
+from edgekd.methods.kpn import KPN, Imitation, Route
 from tests import zoo
 
 
@@ -132,6 +133,62 @@ def test_the_winner_s_weights_arrive_in_the_student():
         losses = {n: float(i) for i, n in enumerate(phase.loss(batch()))}
         phase = script.send(Outcome(losses, 0.0))
     assert all(torch.equal(a, b) for a, b in zip(winner.parameters(), lesson.student.parameters(), strict=True))
+
+
+def test_routes_that_are_kept_are_taught_together_part_by_part():
+    lesson = a_lesson()
+    first, second = phases(KPN(routes=(Route("stage2", "stage2"), Route("stage1", "stage1")), keep=2), lesson)
+    assert first.name == "project" and second.name == "joint"
+    student, deep, shallow = first.trains
+    assert (deep.out_channels, shallow.out_channels) == (4, 2)
+    parts = (student.stage1, student.stage2, student.stage3, deep, shallow)
+    losses = {n.rpartition(":")[2]: v for n, v in first.loss(batch()).items()}
+    for module in parts:
+        module.requires_grad_(True)
+    losses = {n.rpartition(":")[2]: v for n, v in first.loss(batch()).items()}
+    # the answer comes from the deepest injection alone; matching teaches each part in front of an injection, and the
+    # shallow projection through the part that it feeds
+    assert gradients(losses["task"], *parts) == [False, False, True, True, False]
+    losses = {n.rpartition(":")[2]: v for n, v in first.loss(batch()).items()}
+    assert gradients(losses["project"], *parts) == [True, True, False, False, True]
+    assert list(second.trains) == [lesson.student, deep, shallow]
+
+
+def test_two_routes_into_one_layer_cannot_be_taught_together():
+    twins = (Route("stage2", "stage2"), Route("stage3", "stage2"))
+    with pytest.raises(ConfigError, match="two routes end in `stage2`"):
+        next(KPN(routes=twins, keep=2).teach(a_lesson()))
+
+
+def test_some_steps_of_stage_2_go_back_to_stage_1():
+    _, second = phases(KPN(routes=(Route("stage2", "stage2"),), reentry=0.5), a_lesson())
+    student = second.trains[0].requires_grad_(True)
+    torch.manual_seed(0)
+    back = [not gradients(second.loss(batch())["task"], student.stage1)[0] for _ in range(40)]
+    assert 10 < sum(back) < 30
+    with torch.no_grad():
+        assert len({second.loss(batch())["task"].item() for _ in range(8)}) == 1, "validation never goes back"
+
+
+def a_task(knows, **settings):
+    lesson = dataclasses.replace(a_lesson(), knows=knows)
+    return Imitation(lesson, KPN(temperature=1.0, **settings))
+
+
+def test_logits_count_for_the_classes_that_the_teacher_knows_too():
+    learnt = torch.tensor([[2.0, 0.0, 1.0], [0.5, 1.0, 0.0]])
+    answer = torch.tensor([[9.0, 3.0, 1.0], [9.0, 0.0, 2.0]])  # its columns 1 and 2 are our classes 2 and 0
+    truth = torch.tensor([0, 1])
+    ce = [nn.functional.cross_entropy(learnt[i : i + 1], truth[i : i + 1]).item() for i in (0, 1)]
+    p, q = (torch.softmax(torch.tensor(z), 0) for z in ([2.0, 1.0], [1.0, 3.0]))  # of the first sample: classes 0 and 2
+    soft = (q * (q / p).log()).sum().item()
+    got = a_task(((2, None, 1),), logits=0.5)(learnt, answer, truth)
+    assert got.item() == pytest.approx((0.5 * ce[0] + ce[1] + 0.5 * soft) / 2, rel=1e-5)
+
+
+def test_logits_of_a_teacher_that_knows_none_of_the_classes_are_refused():
+    with pytest.raises(ConfigError, match="the teacher knows 0 of the 3 classes"):
+        a_task(((None, None, None),), logits=0.5)
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,12 @@ Deviations from the paper, and why:
 - Candidates are layers that everything passes through, because only there does an injected feature replace the
   student's front part. To bound the memory, each student layer is paired only with the teacher layer of the nearest
   receptive field, and of those routes the `candidates` with the deepest student layers are tried.
-- The paper's random re-entries into stage 1 are not built; their frequency is not given.
+- `reentry` is the share of stage-2 steps that go back to stage 1, drawn at random; the paper gives no frequency.
 - Each stage runs through a learning-rate schedule of its own (the paper gives none).
-- `logits` adds softened logits (Hinton et al., 2015) to L_p where teacher and student share the classes.
+- With `keep` above 1 that many routes are left by the search and taught together: each injects into the same student,
+  which thereby learns part by part. The paper ends with one.
+- `logits` mixes softened logits (Hinton et al., 2015) into L_p, over the classes that the teacher knows, too, and for
+  samples of these classes; for the others labels alone count.
 """
 
 from __future__ import annotations
@@ -40,9 +43,10 @@ from torch import Tensor, nn
 from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
 from edgekd.core.settings import Settings
-from edgekd.learn.layers import Layer, cuts, layers, look
-from edgekd.learn.losses import soft_kl, supervised
+from edgekd.learn.losses import imitation, soft_kl, supervised
+from edgekd.learn.routes import Candidate, candidates, named
 from edgekd.learn.taps import Taps
+from edgekd.learn.teachers import columns, teacher
 
 MOMENTS = 0.1  # weight of mean and spread beside the standardised features
 
@@ -58,6 +62,7 @@ class Route(Settings):
 @dataclass(frozen=True)
 class KPN(Method):
     routes: tuple[Route, ...] = ()  # none: candidates are found
+    keep: int = 1  # routes that are left in the end, and taught together
     candidates: int = 4  # routes taught side by side at first, when they are found
     receptive_tolerance: float = 0.2  # beta: receptive fields of a route's layers may differ by this share
     stage1: float = 0.4  # share of the budget
@@ -65,49 +70,55 @@ class KPN(Method):
     weight: float = 0.6  # lambda
     negative: float = 0.25  # eta
     projection_decay: float = 1e-3  # weight decay of P in stage 1; none in stage 2
+    reentry: float = 0.0  # share of stage-2 steps that go back to stage 1
     logits: float = 0.0  # weight of softened logits within L_p
     temperature: float = 4.0
+    standardise: bool = False  # the logits, before they are softened
 
     def __post_init__(self) -> None:
-        for name in ("stage1", "search", "logits"):
+        for name in ("stage1", "search", "reentry", "logits"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}", hint="use a share between 0 and 1")
         if self.search > self.stage1:
             raise ConfigError(f"search ({self.search}) is longer than stage1 ({self.stage1})", hint="search within it")
-        if self.candidates < 1:
-            raise ConfigError(f"candidates is {self.candidates}", hint="use 1 or more; 1 searches nothing")
+        for name in ("candidates", "keep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}", hint="use 1 or more; 1 is the least")
 
     def teach(self, lesson: Lesson) -> Script:
         first = next(lesson.sample(1)).x[:2]
-        chosen = [named(lesson, r, first) for r in self.routes] or self.candidate_routes(lesson, first)
-        pupils = [Pupil(route, lesson, first, self) for route in chosen]
+        nets = teacher(lesson), lesson.student
+        found = [named(*nets, r.teacher, r.student, first) for r in self.routes]
+        chosen = found or candidates(*nets, first, self.receptive_tolerance)[: self.candidates]
+        keep = min(self.keep, len(chosen))
+        check_partners(chosen, keep)
+        task = Imitation(lesson, self)
+        pupils = [Pupil((Way(route, first),), lesson.student, self.weight) for route in chosen]
         history: dict[str, list[float]] = {p.name: [] for p in pupils}
         dropped: dict[str, int] = {}
-        search, end = self.boundaries(lesson.epochs, len(pupils))
+        search, end = self.boundaries(lesson.epochs, len(pupils) - keep)
         spent = 0
-        periods = [len(p) for p in np.array_split(np.arange(search), min(search, len(pupils) - 1))] if search else []
+        periods = [len(p) for p in np.array_split(np.arange(search), min(search, len(pupils) - keep))] if search else []
         for number, period in enumerate(periods, 1):
-            outcome = yield self.first_stage(f"search{number}", lesson, pupils, spent, period, end)
+            outcome = yield self.first_stage(f"search{number}", lesson, task, pupils, spent, period, end)
             spent += period
             ranked = sorted(pupils, key=lambda p: p.joint(outcome.losses))
             for pupil in pupils:
                 history[pupil.name].append(round(pupil.joint(outcome.losses), 4))
-            left = round((len(chosen) - 1) * (1 - spent / search)) + 1
-            pupils = [p for p in pupils if p in ranked[:left]]
+            left = round((len(chosen) - keep) * (1 - spent / search)) + keep
+            pupils = [p for p in ranked if p in ranked[:left]]
             dropped |= {p.name: number for p in ranked[left:]}
-        (winner,) = pupils
+        winner = Pupil(tuple(p.ways[0] for p in pupils), pupils[0].student, self.weight)
         lesson.note("routes", [told(r, history[r.name], dropped.get(r.name)) for r in chosen])
-        lesson.note("chosen", {"teacher": winner.route.teacher.path, "student": winner.route.student.path})
         if spent < end:
-            yield self.first_stage("project", lesson, [winner], spent, end - spent, end)
+            yield self.first_stage("project", lesson, task, [winner], spent, end - spent, end)
         lesson.student.load_state_dict(winner.student.state_dict())
-        winner.student = lesson.student
-        yield self.second_stage(lesson, winner, end)
+        yield self.second_stage(lesson, task, Pupil(winner.ways, lesson.student, self.weight, copied=False), end)
         return {"student": lesson.student}
 
-    def boundaries(self, epochs: int, routes: int) -> tuple[int, int]:
-        """The epochs at which the search and stage 1 end."""
-        search = max(1, round(self.search * epochs)) if routes > 1 else 0
+    def boundaries(self, epochs: int, drops: int) -> tuple[int, int]:
+        """The epochs at which the search, which drops so many routes, and stage 1 end."""
+        search = max(1, round(self.search * epochs)) if drops else 0
         end = max(search, round(self.stage1 * epochs))
         if end >= epochs:
             raise ConfigError(
@@ -116,79 +127,66 @@ class KPN(Method):
             )
         return search, end
 
-    def candidate_routes(self, lesson: Lesson, x: Tensor) -> list[Candidate]:
-        """For each student layer the teacher layer of equal size with the nearest receptive field; deep ones first."""
-        wide, thin = layers(lesson.teachers[0], x), layers(lesson.student, x)
-        found = []
-        for student in reversed(thin):
-            fitting = [Candidate(t, student) for t in wide if t.size == student.size]
-            near = min(fitting, key=lambda c: c.mismatch, default=None)
-            if near and near.mismatch <= self.receptive_tolerance:
-                found.append(near)
-        if not found:
-            sizes = [sorted({"{}x{}".format(*layer.size) for layer in side}) for side in (wide, thin)]
-            raise ConfigError(
-                "no layer of the student fits one of the teacher in size and receptive field "
-                f"(teacher: {', '.join(sizes[0])}; student: {', '.join(sizes[1])}; "
-                f"receptive_tolerance {self.receptive_tolerance})",
-                hint="raise receptive_tolerance, name `routes`, or choose a student that shrinks maps alike",
-            )
-        return found[: self.candidates]
-
-    def first_stage(self, name: str, lesson: Lesson, pupils: list[Pupil], spent: int, epochs: int, end: int) -> Phase:
-        teacher = Taps(lesson.teachers[0], *{p.route.teacher.path for p in pupils})
+    def first_stage(
+        self, name: str, lesson: Lesson, task: Imitation, pupils: list[Pupil], spent: int, epochs: int, end: int
+    ) -> Phase:
+        known = Taps(teacher(lesson), *{w.route.teacher.path for p in pupils for w in p.ways})
 
         def loss(batch: Batch) -> Losses:
             with torch.no_grad():
-                answer, known = teacher(batch.x)
+                answer, features = known(batch.x)
             losses: dict[str, Tensor] = {}
             for pupil in pupils:
-                projected = pupil.projection(known[pupil.route.teacher.path])
-                inject = {pupil.route.student.path: projected} if torch.is_grad_enabled() else {}
-                logits, own = pupil.taps(batch.x, inject)
-                losses[f"{pupil.name}:task"] = self.task(logits, answer, batch.y)
-                gap = self.gap(projected.detach(), own[pupil.route.student.path])
-                losses[f"{pupil.name}:project"] = pupil.route.student.channels * gap
+                learnt, gaps = self.guided(pupil, batch.x, features, inject=torch.is_grad_enabled())
+                losses[f"{pupil.name}:task"] = task(learnt, answer, batch.y)
+                losses[f"{pupil.name}:project"] = gaps
             return losses
 
         return Phase(
             name,
-            trains=tuple(module for p in pupils for module in (p.student, p.projection)),
+            trains=tuple(module for p in pupils for module in (p.student, *p.projections)),
             loss=loss,
             epochs=epochs,
             span=(spent / end, (spent + epochs) / end),
-            decay={p.projection: self.projection_decay for p in pupils},
+            decay={projection: self.projection_decay for p in pupils for projection in p.projections},
         )
 
-    def second_stage(self, lesson: Lesson, pupil: Pupil, spent: int) -> Phase:
-        teacher = Taps(lesson.teachers[0], pupil.route.teacher.path)
-        taps = Taps(lesson.student, pupil.route.student.path)
+    def guided(self, pupil: Pupil, x: Tensor, features: dict[str, Tensor], inject: bool) -> tuple[Tensor, Tensor]:
+        """Stage 1: the answer with projected features injected (or not), and L_KP summed over channels and routes."""
+        projected = {w.route.student.path: w.projection(features[w.route.teacher.path]) for w in pupil.ways}
+        answer, own = pupil.taps(x, projected if inject else {})
+        gaps = [
+            w.route.student.channels * self.gap(projected[p].detach(), own[p])
+            for w in pupil.ways
+            for p in [w.route.student.path]
+        ]
+        return answer, torch.stack(gaps).sum()
+
+    def second_stage(self, lesson: Lesson, task: Imitation, pupil: Pupil, spent: int) -> Phase:
+        known = Taps(teacher(lesson), *{w.route.teacher.path for w in pupil.ways})
 
         def loss(batch: Batch) -> Losses:
             with torch.no_grad():
-                answer, known = teacher(batch.x)
-            logits, own = taps(batch.x)
-            projected = pupil.projection(known[pupil.route.teacher.path])
-            fading = self.weight * (1 - batch.progress)
+                answer, features = known(batch.x)
+            if torch.is_grad_enabled() and self.reentry and torch.rand(()) < self.reentry:
+                learnt, gaps = self.guided(pupil, batch.x, features, inject=True)
+                return {"task": task(learnt, answer, batch.y), "project": gaps}
+            learnt, own = pupil.taps(batch.x)
+            gaps = torch.stack(
+                [self.gap(w.projection(features[w.route.teacher.path]), own[w.route.student.path]) for w in pupil.ways]
+            ).sum()
             return {
-                "task": self.task(logits, answer, batch.y),
-                "project": fading * self.gap(projected, own[pupil.route.student.path]),
+                "task": task(learnt, answer, batch.y),
+                "project": self.weight * (1 - batch.progress) * gaps,
             }
 
         return Phase(
             "joint",
-            trains=(lesson.student, pupil.projection),
+            trains=(lesson.student, *pupil.projections),
             loss=loss,
             epochs=lesson.epochs - spent,
-            decay={pupil.projection: 0.0},
+            decay=dict.fromkeys(pupil.projections, 0.0),
         )
-
-    def task(self, logits: Tensor, answer: Tensor, labels: Tensor) -> Tensor:
-        """L_p: cross-entropy, with softened logits mixed in if wanted."""
-        if self.logits == 0:
-            return supervised(logits, labels)
-        soft = soft_kl(logits, answer, self.temperature)
-        return (1 - self.logits) * supervised(logits, labels) + self.logits * soft
 
     def gap(self, projected: Tensor, own: Tensor) -> Tensor:
         """L_KP of (N, C, H, W) features, standardised per channel, with a little for what that takes out."""
@@ -200,32 +198,62 @@ class KPN(Method):
         return form + MOMENTS * size
 
 
-@dataclass(frozen=True)
-class Candidate:
-    teacher: Layer
-    student: Layer
+class Way:
+    """One route with its projection."""
 
-    @property
-    def mismatch(self) -> float:
-        """By how much the receptive fields differ, as a share of the teacher's; at most beta (section 3.4)."""
-        return abs(self.student.receptive - self.teacher.receptive) / max(self.teacher.receptive, 1)
-
-    @property
-    def name(self) -> str:
-        return f"{self.teacher.path}>{self.student.path}"
+    def __init__(self, route: Candidate, x: Tensor) -> None:
+        self.route = route
+        self.projection = nn.Conv2d(route.teacher.channels, route.student.channels, 1).to(x.device)
 
 
 class Pupil:
-    """One route with what it trains: a copy of the student, and the projection."""
+    """A student with the routes that it is taught on."""
 
-    def __init__(self, route: Candidate, lesson: Lesson, x: Tensor, method: KPN) -> None:
-        self.route, self.name, self.weight = route, route.name, method.weight
-        self.student = copy.deepcopy(lesson.student)
-        self.projection = nn.Conv2d(route.teacher.channels, route.student.channels, 1).to(x.device)
-        self.taps = Taps(self.student, route.student.path)
+    def __init__(self, ways: tuple[Way, ...], student: nn.Module, weight: float, copied: bool = True) -> None:
+        self.ways, self.weight = ways, weight
+        self.name = "+".join(w.route.name for w in ways)
+        self.student = copy.deepcopy(student) if copied else student
+        self.projections = tuple(w.projection for w in ways)
+        self.taps = Taps(self.student, *(w.route.student.path for w in ways))
 
     def joint(self, losses: dict[str, float]) -> float:
-        return losses[f"{self.name}:task"] + self.weight * losses[f"{self.name}:project"] / self.route.student.channels
+        """lambda L_KP + L_p of its one route, L_KP as a mean over channels."""
+        (way,) = self.ways
+        return losses[f"{self.name}:task"] + self.weight * losses[f"{self.name}:project"] / way.route.student.channels
+
+
+class Imitation:
+    """L_p: what labels say, mixed with the teacher's softened logits where it knows the classes."""
+
+    def __init__(self, lesson: Lesson, method: KPN) -> None:
+        known = columns(lesson)
+        self.method, self.dense = method, lesson.dense
+        self.own = [label for label, column in enumerate(known) if column is not None]
+        self.theirs = [column for column in known if column is not None]
+        self.all = len(self.own) == lesson.classes
+        if method.logits and len(self.own) < 2:
+            raise ConfigError(
+                f"logits is {method.logits}, but the teacher knows {len(self.own)} of the {lesson.classes} classes",
+                hint="set logits to 0: hints alone teach across tasks",
+            )
+
+    def __call__(self, learnt: Tensor, answer: Tensor, truth: Tensor) -> Tensor:
+        share, m = self.method.logits, self.method
+        if share == 0:
+            return supervised(learnt, truth)
+        if self.dense:
+            return (1 - share) * supervised(learnt, truth) + share * imitation(learnt, answer, m.temperature)
+        if self.all:
+            soft = soft_kl(learnt, answer[:, self.theirs], m.temperature, m.standardise)
+            return (1 - share) * supervised(learnt, truth) + share * soft
+        common = torch.isin(truth, torch.tensor(self.own, device=truth.device))
+        labels = supervised(learnt, truth) - share * common.sum() / len(truth) * supervised(
+            learnt, truth.where(common, -1)
+        )
+        if not common.any():
+            return labels
+        soft = soft_kl(learnt[common][:, self.own], answer[common][:, self.theirs], m.temperature, m.standardise)
+        return labels + share * common.sum() / len(truth) * soft
 
 
 def moments(feature: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,21 +262,12 @@ def moments(feature: Tensor) -> tuple[Tensor, Tensor]:
     return feature.mean(over, keepdim=True), feature.std(over, keepdim=True) + 1e-5
 
 
-def named(lesson: Lesson, route: Route, x: Tensor) -> Candidate:
-    """A route that the user named. Raises ConfigError if its layers do not exist or do not fit."""
-    teacher, student = look(lesson.teachers[0], route.teacher, x), look(lesson.student, route.student, x)
-    if teacher.size != student.size:
-        sizes = "{}x{} and {}x{}".format(*teacher.size, *student.size)
-        raise ConfigError(
-            f"the layers of route {route.teacher} > {route.student} have sizes {sizes}",
-            hint="KPN projects channels only; choose layers of equal height and width",
-        )
-    if not cuts(lesson.student, route.student, x):
-        raise ConfigError(
-            f"the student has paths around layer `{route.student}`, so injecting there would not replace its front",
-            hint="choose a layer that everything passes through, such as the end of a block",
-        )
-    return Candidate(teacher, student)
+def check_partners(chosen: list[Candidate], keep: int) -> None:
+    """Raises ConfigError where routes that may be taught together end in one layer: only one feature can go there."""
+    layers = [route.student.path for route in chosen]
+    twice = next((path for path in layers if layers.count(path) > 1), None)
+    if keep > 1 and twice:
+        raise ConfigError(f"two routes end in `{twice}` of the student", hint="set keep to 1, or name other layers")
 
 
 def told(route: Candidate, losses: list[float], dropped: int | None) -> dict[str, object]:
@@ -260,6 +279,7 @@ def told(route: Candidate, losses: list[float], dropped: int | None) -> dict[str
         "receptive": [route.teacher.receptive, route.student.receptive],
         "losses": losses,
         "dropped": dropped,
+        "won": dropped is None,
     }
 
 
