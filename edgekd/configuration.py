@@ -19,6 +19,8 @@ from edgekd.stages.calibrate import CalibConfig
 from edgekd.stages.export import ExportConfig
 from edgekd.stages.quantize import QuantizeConfig
 
+SMOKE_METRICS = ("top1", "agreement", "delta1", "rmse", "p50_ms")
+
 
 def at_least(least: int, **values: int | None) -> None:
     """Raises ConfigError for a value below `least`; None is no value."""
@@ -97,7 +99,7 @@ def smoke(config: BuildConfig) -> BuildConfig:
         more_teachers=tuple(replace(t, epochs=2) for t in config.more_teachers),
         student=replace(config.student, epochs=4, labels_per_class=None, unlabelled=0),
         calib=replace(config.calib, images=16),
-        bench=replace(config.bench, blocks=4, calls=16, warmup_s=0.05, metrics=("top1", "agreement", "p50_ms")),
+        bench=replace(config.bench, blocks=4, calls=16, warmup_s=0.05, metrics=SMOKE_METRICS),
     )
 
 

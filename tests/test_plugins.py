@@ -20,6 +20,7 @@ from edgekd.stages.calibrate import collect
 from edgekd.stages.prepare import prepare
 
 MODELS = {"python": {"function": "tests.zoo:Toy"}}  # settings that have no default
+DENSE = {"unet", "scenes"}  # their answers are maps
 EVERY = [(folder, name) for folder in plugins.FOLDERS for name in plugins.names(folder)]
 
 
@@ -38,7 +39,7 @@ def test_a_family_answers_logits_and_survives_its_checkpoint(name, tmp_path):
     weights.load(again, tmp_path / "w.safetensors")
     with torch.no_grad():
         answer = made(x)
-        assert answer.shape == (2, 3) and answer.dtype == torch.float32
+        assert answer.shape == ((2, 3, 8, 8) if name in DENSE else (2, 3)) and answer.dtype == torch.float32
         assert torch.equal(again(x), answer)
 
 
@@ -52,7 +53,7 @@ def sources(tmp_path):
             home.mkdir(parents=True)
             for i in range(count):
                 Image.fromarray(random.integers(0, 256, (6, 8, 3), np.uint8)).save(home / f"{i}.png")
-    return {"folder": {"root": str(tmp_path)}}
+    return {"folder": {"root": str(tmp_path)}, "scenes": {"train": 6, "valid": 3, "test": 2}}
 
 
 @pytest.mark.parametrize("name", plugins.names("data"))
@@ -62,8 +63,14 @@ def test_a_source_gives_three_disjoint_splits_of_all_classes(name, sources):
     splits = [getattr(content, split) for split in SPLITS]
     assert len({s.images.shape[1:] for s in splits}) == 1
     for split in splits:
-        assert split.images.dtype == np.uint8 and split.images.ndim == 4 and split.labels.dtype == np.int64
+        assert split.images.dtype == np.uint8 and split.images.ndim == 4
         assert len(split.images) == len(split.labels)
+        if name in DENSE:
+            height, width = split.images.shape[1:3]
+            assert split.labels.dtype == np.float32
+            assert split.labels.shape[1:] == (len(content.classes), height, width)
+            continue
+        assert split.labels.dtype == np.int64
         assert set(split.labels.tolist()) == set(range(len(content.classes)))
     seen = [{image.tobytes() for image in split.images} for split in splits]
     assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])

@@ -135,7 +135,7 @@ def ask(session, name, x):
 
 
 def answer(job, out):
-    """Write `logits-I.npy` for model I: (images, classes), as the file answers in this runtime."""
+    """Write `logits-I.npy` for model I: (images, ...), as the file answers in this runtime."""
     import numpy as np
 
     inputs, done, facts = read_inputs(job), 0, []
@@ -146,10 +146,10 @@ def answer(job, out):
         for start in range(0, len(inputs), step):
             x = np.array(inputs[start : start + step])
             y = ask(session, model["name"], repeated(x, session.batch or len(x)))
-            if y.ndim != 2 or len(y) < len(x):
+            if y.ndim < 2 or len(y) < len(x):
                 raise Problem(
                     "`%s` answers %s with %s" % (model["name"], x.shape, y.shape),
-                    "its first output must be (images, classes)",
+                    "its first output must have a row for each image",
                 )
             logits.append(y[: len(x)])
             done += len(x)

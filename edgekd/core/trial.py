@@ -64,9 +64,9 @@ class Trial:
 
     ns: np.ndarray  # (calls,) int64, every timed call, in order
     block: np.ndarray  # (calls,) the block that each call belongs to
-    logits: np.ndarray  # (images, classes), from the model file in its runtime
-    reference: np.ndarray  # (images, classes), the float student's on the same images
-    labels: np.ndarray  # (images,)
+    logits: np.ndarray  # (images, classes), from the model file in its runtime; of a dense task (images, K, H, W)
+    reference: np.ndarray  # of the same shape, the float student's on the same images
+    labels: np.ndarray  # (images,); of a dense task (images, K, H, W), NaN where unknown
 
 
 class Metric(Protocol):
@@ -76,6 +76,7 @@ class Metric(Protocol):
     better: Literal["higher", "lower"]
     needs: int  # timed calls below which the number would mean nothing
     reads: tuple[str, ...]  # the fields of a trial that it needs; it is left out where one of them is empty
+    maps: bool | None  # whether it judges maps (True) or class logits (False); None: no answers at all
 
     def __call__(self, trial: Trial) -> float: ...
 

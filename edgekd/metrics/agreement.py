@@ -12,6 +12,7 @@ class Agreement:
     better: Literal["higher", "lower"] = "higher"
     needs = 0
     reads = ("logits", "reference")
+    maps: bool | None = False
 
     def __call__(self, trial: Trial) -> float:
         return 100 * float((trial.logits.argmax(1) == trial.reference.argmax(1)).mean())

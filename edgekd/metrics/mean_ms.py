@@ -12,6 +12,7 @@ class MeanMs:
     better: Literal["higher", "lower"] = "lower"
     needs = 1
     reads = ("ns",)
+    maps: bool | None = None
 
     def __call__(self, trial: Trial) -> float:
         return float(trial.ns.mean()) / 1e6

@@ -15,6 +15,7 @@ class MinMs:
     better: Literal["higher", "lower"] = "lower"
     needs = 1
     reads = ("ns",)
+    maps: bool | None = None
 
     def __call__(self, trial: Trial) -> float:
         return float(trial.ns.min()) / 1e6

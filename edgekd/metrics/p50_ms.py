@@ -16,6 +16,7 @@ class P50Ms:
     better: Literal["higher", "lower"] = "lower"
     needs = 11
     reads = ("ns",)
+    maps: bool | None = None
 
     def __call__(self, trial: Trial) -> float:
         return nearest_rank(trial.ns, 50) / 1e6

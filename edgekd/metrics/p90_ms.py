@@ -16,6 +16,7 @@ class P90Ms:
     better: Literal["higher", "lower"] = "lower"
     needs = 64
     reads = ("ns",)
+    maps: bool | None = None
 
     def __call__(self, trial: Trial) -> float:
         return nearest_rank(trial.ns, 90) / 1e6

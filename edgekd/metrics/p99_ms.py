@@ -16,6 +16,7 @@ class P99Ms:
     better: Literal["higher", "lower"] = "lower"
     needs = 662
     reads = ("ns",)
+    maps: bool | None = None
 
     def __call__(self, trial: Trial) -> float:
         return nearest_rank(trial.ns, 99) / 1e6

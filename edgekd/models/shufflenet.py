@@ -100,7 +100,9 @@ class ShuffleNetModel(Model):
                 hint="give five numbers of channels: stem, three stages (even: units split them), last convolution",
             )
         if len(self.blocks) != 3 or min(self.blocks) < 1:
-            raise ConfigError(f"blocks is {self.blocks}", hint="give three stages 1 block or more each, such as 4, 8, 4")
+            raise ConfigError(
+                f"blocks is {self.blocks}", hint="give three stages 1 block or more each, such as 4, 8, 4"
+            )
         check_halvings(self.halvings)
 
     def build(self, classes: int, channels: int) -> nn.Module:

@@ -30,7 +30,7 @@ from edgekd.stages import statistics
 
 WARMUP_CALLS = 50
 SCOPE = "one image per call, from Python, with the runtime's own copies; no pre- or post-processing"
-METRICS = ("top1", "agreement", "min_ms", "p50_ms", "p90_ms", "p99_ms", "mean_ms")
+METRICS = ("top1", "agreement", "delta1", "rmse", "deviation", "min_ms", "p50_ms", "p90_ms", "p99_ms", "mean_ms")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class BenchConfig(Settings):
 
 
 def answer(out: Path, model: File, target: Target, inputs: File) -> File:
-    """The logits of `model` in the target's runtime: .npy, (images, classes) float32.
+    """What `model` answers in the target's runtime: .npy, (images, classes) or (images, K, H, W) float32.
 
     `inputs` is .npy, (N, C, H, W) float32. Raises EdgekdError with what the runner says if the file does not run.
     """
@@ -226,12 +226,12 @@ def read_back(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def readings(trial: Trial, names: tuple[str, ...]) -> dict[str, float]:
-    """What the metrics say; one whose part of the trial is empty says nothing."""
+    """What the metrics say; one whose part of the trial is empty, or of another kind, says nothing."""
     metrics: dict[str, Metric] = {name: plugins.load("metrics", name)() for name in names}
     return {
         name: metric(trial)
         for name, metric in metrics.items()
-        if all(getattr(trial, part).size for part in metric.reads)
+        if metric.maps in (None, trial.logits.ndim > 2) and all(getattr(trial, part).size for part in metric.reads)
     }
 
 

@@ -45,12 +45,13 @@ def collect(out: Path, task: Task, config: CalibConfig, source: str) -> Calibrat
             f"calib.images is {config.images}, but the training split has {len(train.labels)}",
             hint=f"set `calib.images` to {len(train.labels)} or less",
         )
-    indices, _ = stratified(train.labels, config.images, config.seed)
+    kinds = np.zeros(len(train.labels), np.int64) if task.dense else train.labels
+    indices, _ = stratified(kinds, config.images, config.seed)
     inputs = task.inputs(np.asarray(train.images[indices]))
     with (out / "images.npz").open("wb") as stream:
         np.savez(stream, image=inputs)  # uncompressed: bytes that no version of zlib changes
     images = File.of(out / "images.npz")
-    counts = np.bincount(train.labels[indices], minlength=len(task.classes))
+    counts = [] if task.dense else np.bincount(kinds[indices], minlength=len(task.classes)).tolist()
     manifest: dict[str, Any] = {
         "source": source,
         "split": "train",
@@ -58,7 +59,7 @@ def collect(out: Path, task: Task, config: CalibConfig, source: str) -> Calibrat
         "count": len(indices),
         "shape": list(inputs.shape),
         "dtype": str(inputs.dtype),
-        "per_class": {name: int(count) for name, count in zip(task.classes, counts, strict=True)},
+        "per_class": dict(zip(task.classes, counts, strict=False)),
         "mean": list(task.mean),
         "std": list(task.std),
         "input": "(pixel / 255 - mean) / std, channels first",

@@ -44,20 +44,20 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 Box = tuple[float, float, float, float]  # left, bottom, right, top in points
 
 
-def accuracy_against_latency(title: str, measurements: Sequence[Measurement]) -> str:
-    """A dot for every model: top-1 (percent) over its median latency (ms, log). Filled: INT8, hollow: FP32."""
-    shown = sorted(measurements, key=lambda m: -m.readings["top1"])
+def accuracy_against_latency(title: str, measurements: Sequence[Measurement], key: str, name: str) -> str:
+    """A dot for every model: accuracy (reading `key`, percent) over median latency (ms, log). Filled: INT8."""
+    shown = sorted(measurements, key=lambda m: -m.readings[key])
     with canvas(title, 3.6) as (axes, drawn):
-        x, y = ([m.readings[key] for m in shown] for key in ("p50_ms", "top1"))
+        x, y = ([m.readings[reading] for m in shown] for reading in ("p50_ms", key))
         spare = max(0.15 * (max(y) - min(y)), 0.5)
-        axes.set(xscale="log", xlabel="median latency, ms (log; left is better)", ylabel="top-1, % (up is better)")
+        axes.set(xscale="log", xlabel="median latency, ms (log; left is better)", ylabel=f"{name}, % (up is better)")
         axes.set(xlim=(min(x) / 1.4, max(x) * 1.4), ylim=(min(y) - spare, max(y) + spare))
         log_ticks(axes)
-        for m, x_ms, top1 in zip(shown, x, y, strict=True):
+        for m, x_ms, share in zip(shown, x, y, strict=True):
             colour, marker = LOOK[m.contestant.role]
             face = COLOURS[colour] if m.contestant.precision == "int8" else "none"
             axes.plot(
-                [x_ms], [top1], marker=marker, ms=7, mew=1.6, mec=COLOURS[colour], mfc=face, ls="none", clip_on=False
+                [x_ms], [share], marker=marker, ms=7, mew=1.6, mec=COLOURS[colour], mfc=face, ls="none", clip_on=False
             )
         dots = [tuple(map(float, axes.transData.transform(place))) for place in zip(x, y, strict=True)]
         names = [short(m.contestant.name) for m in shown]

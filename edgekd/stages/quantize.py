@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 LOWEST_OPSET = 13  # Q/DQ with a scale per channel
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")  # without one of them there is nothing to gain
+FLOAT = {
+    "BatchNormalization"
+}  # one that no convolution could take up: 8 bits for all channels cost accuracy, gain no time
 TRIED = 32  # calibration inputs that the finished file must answer
 CHUNK = 8  # batches whose activations are in memory at once
 BINS = 512  # of a histogram for `entropy`; onnxruntime's own 128 leave it one candidate, the full range
@@ -194,7 +197,7 @@ def convert(
             TensorsData(CalibrationMethod.MinMax, known),
             nodes_to_quantize=[],
             nodes_to_exclude=[],
-            op_types_to_quantize=sorted({*QLinearOpsRegistry, *QDQRegistry}),
+            op_types_to_quantize=sorted({*QLinearOpsRegistry, *QDQRegistry} - FLOAT),
             extra_options={"ActivationSymmetric": dialect.symmetric_activation, "WeightSymmetric": True},
         )
         quantizer.quantize_model()

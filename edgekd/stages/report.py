@@ -20,23 +20,9 @@ from edgekd.core.errors import ConfigError
 from edgekd.core.record import Record
 from edgekd.core.trial import BenchResult, Measurement
 from edgekd.stages import plots, words
+from edgekd.stages.figures import PERCENT, SCORES, Remembered, difference, scored, size, table, where
 
 SCHEMA = 1  # of report.json; raise it when an old file can no longer be read
-PERCENT = {"top1": ("top-1", "%"), "agreement": ("agreement", "% with its FP32 form")}
-BEST: dict[str, Callable[..., float]] = {"top1": max, "size": min, "p50_ms": min, "p90_ms": min, "p99_ms": min}
-
-
-@dataclass(frozen=True)
-class Remembered(File):
-    """A file as report.json remembers it: the file itself may be gone."""
-
-    size: int | None  # bytes
-
-
-@dataclass(frozen=True)
-class Cell:
-    text: str
-    best: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,13 +95,6 @@ def write(path: Path, text: str) -> None:
     partial_path.replace(path)
 
 
-def size(file: File) -> int | None:
-    """Bytes, or None if the file is gone and nobody wrote its size down."""
-    if isinstance(file, Remembered):
-        return file.size
-    return file.bytes if file.path.exists() else None
-
-
 def all_files(record: Record) -> list[tuple[File, str]]:
     """Every file of a record with what it is, each once."""
     found = [(record.teacher.file, "weights of the teacher")]
@@ -144,14 +123,16 @@ def render(template: str, record: Record, files: list[dict[str, Any]]) -> str:
         keep_trailing_newline=True,
     )
     percent = partial(words.percent, images=record.data.test)
-    shown: list[Callable[..., Any]] = [words.figures, words.count, words.file_size, words.ratio, words.interval]
-    shown += [words.near_one, words.duration, words.when, words.flat, words.setting, words.yaml]
-    environment.filters |= {show.__name__: show for show in shown}
+    filters: list[Callable[..., Any]] = [words.figures, words.count, words.file_size, words.ratio, words.interval]
+    filters += [words.near_one, words.duration, words.when, words.flat, words.setting, words.yaml]
+    environment.filters |= {show.__name__: show for show in filters}
     environment.filters |= {"percent": percent, "points": partial(words.points, images=record.data.test)}
     environment.globals |= {"size": size, "table": partial(table, percent=percent), "where": where}
     environment.globals |= {"draw": draw, "curve": curve, "difference": difference}
     head = headline(record)
-    return environment.get_template(template).render(r=record, head=head, lessons=lessons(record, head), files=files)
+    key = score(record)
+    shown = {"r": record, "head": head, "lessons": lessons(record, head), "files": files}
+    return environment.get_template(template).render(shown, score=key, score_name=PERCENT[key][0])
 
 
 def headline(record: Record) -> Headline | None:
@@ -195,71 +176,23 @@ def lessons(record: Record, head: Headline | None) -> list[Lesson]:
         own.sort(key=lambda m: -likeness(m.contestant.name, w.name))
         fp32, int8 = (next((m for m in own if m.contestant.precision == p), None) for p in ("fp32", "int8"))
         first = found[0].fp32 if found else None
-        ahead = difference(first, fp32, "top1")
+        ahead = difference(first, fp32, score(record))
         found.append(Lesson(w, fp32, int8, ahead))
     return found
 
 
-def difference(a: Measurement | None, b: Measurement | None, name: str) -> float | None:
-    """By how much `a` reads higher than `b`; None unless both were read."""
-    if a is None or b is None or name not in a.readings or name not in b.readings:
-        return None
-    return a.readings[name] - b.readings[name]
-
-
-def table(bench: BenchResult, percent: Callable[[float], str]) -> tuple[list[tuple[str, str]], list[list[Cell]]]:
-    """Heads (name, unit) and a row of cells for each measurement; all readings of all metrics are in it."""
-    names = list(dict.fromkeys(name for m in bench.measurements for name in m.readings))
-    accuracy = [name for name in PERCENT if name in names]
-    others = [name for name in names if name not in PERCENT]
-    heads: list[tuple[str, str]] = [("model", ""), ("taught by", ""), ("precision", "")]
-    columns: list[list[Cell]] = [
-        [Cell(m.contestant.name) for m in bench.measurements],
-        [Cell(m.contestant.method or "–") for m in bench.measurements],
-        [Cell(m.contestant.precision.upper()) for m in bench.measurements],
-    ]
-
-    def add(key: str, head: str, unit: str, values: list[Any], show: Callable[[Any], str]) -> None:
-        known = [v for v in values if v is not None]
-        best = BEST[key](known) if key in BEST and len(known) > 1 else None
-        heads.append((head, unit))
-        columns.append([Cell("–") if v is None else Cell(show(v), v == best) for v in values])
-
-    def readings(name: str) -> list[float | None]:
-        return [m.readings.get(name) for m in bench.measurements]
-
-    for name in accuracy:
-        add(name, *PERCENT[name], readings(name), lambda v: percent(v).removesuffix(" %"))
-    add("size", "file", "", [size(m.contestant.file) for m in bench.measurements], words.file_size)
-    add("parameters", "parameters", "", [m.contestant.parameters for m in bench.measurements], words.count)
-    add("macs", "MACs", "per image", [m.contestant.macs for m in bench.measurements], words.count)
-    for name in others:
-        timed = name.endswith("_ms")
-        head = name.removesuffix("_ms").replace("_", " ")
-        add(name, head, "ms" if timed else "", readings(name), words.figures if timed else words.setting)
-    add("speedup", "speed-up", "teacher = 1, 95 % interval", [m.speedup for m in bench.measurements], words.interval)
-    add("verdict", "verdict", "", [m.verdict or None for m in bench.measurements], str)
-    return heads, [list(row) for row in zip(*columns, strict=True)]
-
-
-def where(bench: BenchResult) -> str:
-    """The machine, for the caption of a table: processor, runtime, threads, date."""
-    parts = []
-    if bench.machine:
-        parts.append(bench.machine.processor)
-    if bench.runtime:
-        threads = "1 thread" if bench.runtime.threads == 1 else f"{bench.runtime.threads} threads"
-        parts += [f"{bench.runtime.name} {bench.runtime.version}", threads]
-    return " · ".join([*parts, words.when(bench.started)])
+def score(record: Record) -> str:
+    return next((scored(bench) for bench in record.benches if bench.measurements), SCORES[0])
 
 
 def draw(bench: BenchResult) -> Iterator[tuple[str, str]]:
     """A bench's plots: SVG, and what the reader should know. The SVG is empty where there is nothing to draw from."""
     import markupsafe
 
-    known = [m for m in bench.measurements if "top1" in m.readings and "p50_ms" in m.readings]
+    key = scored(bench)
+    known = [m for m in bench.measurements if key in m.readings and "p50_ms" in m.readings]
     if known:
-        svg = plots.accuracy_against_latency(f"Accuracy against latency on {bench.target}", known)
+        svg = plots.accuracy_against_latency(f"Accuracy against latency on {bench.target}", known, key, PERCENT[key][0])
         yield (
             markupsafe.Markup(svg),
             "Square: teacher; circle: student; triangle: baseline. Filled: INT8; hollow: FP32.",
