@@ -47,7 +47,7 @@ def built(name, settings, channels=1, classes=5):
 
 
 def test_every_family_is_tested_here():
-    assert set(SMALL) == set(plugins.names("models")) - {"python"}
+    assert set(SMALL) == set(plugins.names("models")) - {"python", "unet"}  # unet answers with maps: test_dense.py
 
 
 # published sizes

@@ -53,7 +53,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_finished_epochs(tmp_path):
     course = Course(4, TrainConfig(batch=16, precision="fp32"), Augment(), 0)
     with pytest.raises(TrainingError) as error:
         distill(tmp_path, "s", task, ResNet(8, 4), Exploding(), course, ())
-    assert "phase `explode`, epoch 3, step 2 (task nan)" in str(error.value)
+    assert "loss `task` is not finite in phase `explode`, epoch 3, step 2 (task nan)" in str(error.value)
     assert "lower train.lr" in error.value.hint
     assert list(tmp_path.rglob("epoch.pt"))
 

@@ -114,9 +114,10 @@ class Trainer:
             losses = self.losses(phase, Batch(x, y, index, progress))
             total = torch.stack([value.float() for value in losses.values()]).sum()
             if not math.isfinite(total.item()):
-                named = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
+                told = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
+                first = next((name for name, value in losses.items() if not math.isfinite(value.item())), "their sum")
                 raise TrainingError(
-                    f"the loss is not finite in phase `{phase.name}`, epoch {epoch + 1}, step {step + 1} ({named})",
+                    f"loss `{first}` is not finite in phase `{phase.name}`, epoch {epoch + 1}, step {step + 1} ({told})",
                     hint=CALMER,
                 )
             optimiser.zero_grad(set_to_none=True)
