@@ -19,9 +19,9 @@ from tests import zoo
 
 EPOCHS = 5
 # where a method cannot do with its defaults and a lesson between two toys
-SETTINGS = {"kpn": {"receptive_tolerance": 0.5}}
-STUDENTS = {"fine_tune": lambda: zoo.Toy(4)}
-TEACHERS = {}  # how many
+SETTINGS = {"kpn": {"receptive_tolerance": 0.5}, "assistant": {"assistants": (zoo.ToyFamily(3),)}}
+STUDENTS = {"fine_tune": lambda: zoo.Toy(4), "depth_dynamic": zoo.Staged, "blockwise": zoo.Staged}
+TEACHERS = {"multi_teacher": 2}  # how many
 
 
 def a_method(name):

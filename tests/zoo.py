@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
+from edgekd.core.model import Model
 from edgekd.core.task import Arrays, Augment, Content, Source, Task
 from edgekd.stages.prepare import prepare
 
@@ -28,6 +29,39 @@ class Toy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.stage3(self.stage2(self.stage1(x))).mean((2, 3)))
+
+
+class Residual(nn.Module):
+    """(N, width, H, W) to the same shape, linear past its branch."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.branch = conv(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+class Staged(nn.Module):
+    """Two stages that end in residual blocks: three, and two behind a convolution; (N, 1, 8, 8) to (N, 3)."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.stem = conv(1, width, 1)
+        self.stage1 = nn.Sequential(*(Residual(width) for _ in range(3)))
+        self.stage2 = nn.Sequential(conv(width, 2 * width, 2), *(Residual(2 * width) for _ in range(2)))
+        self.head = nn.Linear(2 * width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stage2(self.stage1(self.stem(x))).mean((2, 3)))
+
+
+@dataclass(frozen=True)
+class ToyFamily(Model):
+    width: int = 4
+
+    def build(self, classes: int, channels: int) -> nn.Module:
+        return Toy(self.width)
 
 
 @dataclass(frozen=True)
