@@ -147,3 +147,22 @@ def cuts(model: nn.Module, path: str, x: Tensor) -> bool:
     want, seen = taps(x)
     got, _ = taps(x.flip(0), {path: seen[path]})
     return torch.equal(want, got)
+
+
+@torch.no_grad()
+def homes(model: nn.Module, order: list[str], x: Tensor) -> dict[str, int]:
+    """The number of the block in which each module starts, when blocks end behind the layers in `order`."""
+    home: dict[str, int] = {}
+    passed: list[str] = []
+
+    def start(name: str) -> Callable[..., None]:
+        return lambda *_: None if home.setdefault(name, len(passed)) else None
+
+    hooks = [module.register_forward_pre_hook(start(name)) for name, module in model.named_modules()]
+    hooks += [model.get_submodule(path).register_forward_hook(lambda *_: passed.append("")) for path in order]
+    try:
+        model(x)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return home
