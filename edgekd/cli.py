@@ -74,6 +74,32 @@ def distill(
 
 
 @app.command()
+def compare(
+    recipe: Recipe = "digits",
+    method: Annotated[
+        list[str] | None, typer.Option("--method", "-m", help="A method, or a rival of the recipe; repeat for several.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="How often each is taught.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="The contender that the others are compared with.")] = None,
+    jobs: Annotated[int, typer.Option(help="Lessons at a time; the threads are shared out among them.")] = 1,
+    set_: Sets = None,
+    out: Out = None,
+    smoke: Smoke = False,
+    json_: Json = False,
+) -> None:
+    """Teach one student by several methods and seeds with the same budget, and say which is better."""
+    from edgekd import comparison, configuration
+    from edgekd.stages.standings import summary, text
+
+    config = configuration.configured(recipe, tuple(set_ or ()), (), smoke)
+    config = comparison.entered(config, method or (), seeds, baseline)
+    out = out or Path("runs") / config.name
+    made = comparison.compare(config, out, jobs, command=shlex.join(["edgekd", *sys.argv[1:]]))
+    say(f"comparison: {out / 'compare.md'}")
+    emit(json_, summary(made), text(made))
+
+
+@app.command()
 def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="The ONNX file to write (batch 1).")],
     model: Annotated[
@@ -100,23 +126,37 @@ def export(
 def quantize(
     model: Annotated[Path, typer.Argument(help="An FP32 ONNX file.")],
     calib: Annotated[Path, typer.Option(help="Network inputs, .npz or .npy, (N, C, H, W) float32.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The INT8 ONNX file to write.")],
-    target: Annotated[str, typer.Option("--target", "-t", help="Whose INT8 dialect.")] = "cpu",
+    out: Annotated[Path, typer.Option("--out", "-o", help="The INT8 ONNX file to write, or a calibration cache.")],
+    target: Annotated[str | None, typer.Option("--target", "-t", help="Whose INT8 dialect; cpu if not given.")] = None,
+    dialect: Annotated[
+        str | None, typer.Option(help="Or the dialect itself: ort-x86, ort-arm, openvino, tensorrt, dla.")
+    ] = None,
+    jetpack: Annotated[str | None, typer.Option(help="Of the device; the dialect dla needs it.")] = None,
     method: Annotated[
         str, typer.Option(help="How ranges are found: minmax, moving_average, percentile, entropy.")
     ] = "minmax",
     json_: Json = False,
 ) -> None:
     """Quantize any ONNX file to INT8 for one target."""
-    from edgekd.core import onnx_facts, plain, plugins
-    from edgekd.stages.calibrate import load_calibration
-    from edgekd.stages.quantize import QuantizeConfig, quantize_file
+    from edgekd.stages.by_name import quantize_by_name
 
-    dialect = plugins.load("targets", target)().dialect
-    config = plain.load(QuantizeConfig, {"method": method})
-    inputs = load_calibration(calib, onnx_facts.facts(model).input)
-    made = quantize_file(model, out, inputs, dialect, config)
+    made = quantize_by_name(model, calib, out, target, dialect, jetpack, method)
     emit(json_, facts(made), described(made))
+
+
+@app.command()
+def lint(
+    model: Annotated[Path, typer.Argument(help="An ONNX file of any origin.")],
+    jetpack: Annotated[str, typer.Option(help="Of the device: 4.6, 5.1, 6.0, 6.1, 6.2, 7.0, 7.1 or 7.2.")],
+    json_: Json = False,
+) -> None:
+    """Tell what TensorRT on a Jetson will refuse in an ONNX file, or run slowly, and the fix."""
+    from edgekd.stages import lint as stage
+
+    verdict = stage.lint(model, jetpack)
+    emit(json_, stage.as_json(verdict), stage.described(verdict))
+    if verdict.count("error"):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -206,6 +246,8 @@ def facts(model: Any) -> dict[str, Any]:
 
 
 def described(model: Any) -> str:
+    if hasattr(model, "tensors"):
+        return f"{model.file.path}: scales of {model.tensors} tensors, to build with TensorRT {model.tensorrt}"
     size = f"{model.file.bytes / 1e3:.1f} kB, {model.macs / 1e6:.2f} M MACs"
     return f"{model.file.path}: {model.precision}, opset {model.opset}, {size}, sha256 {model.file.sha256[:12]}"
 

@@ -69,6 +69,32 @@ class StudentConfig(Settings):
 
 
 @dataclass(frozen=True)
+class Rival(Settings):
+    """A contender under a name of its own: another network, or a method with other settings."""
+
+    name: str
+    method: Method
+    model: Model | None = None  # None: the student's
+
+    def __post_init__(self) -> None:
+        if not self.name.strip() or "/" in self.name:
+            raise ConfigError(f"name is `{self.name}`", hint="use words without a slash")
+
+
+@dataclass(frozen=True)
+class CompareConfig(Settings):
+    """Who is compared with whom by `edgekd compare`; all with the student's budget, labels and data."""
+
+    methods: tuple[Method, ...] | None = None  # that teach the student; null: the student's method and its baselines
+    rivals: tuple[Rival, ...] = ()
+    baseline: str = ""  # the contender that differences are paired with; empty: the first
+    seeds: int = 3  # from student.seed on
+
+    def __post_init__(self) -> None:
+        at_least(1, seeds=self.seeds)
+
+
+@dataclass(frozen=True)
 class BuildConfig(Settings):
     name: str
     data: Source
@@ -79,6 +105,7 @@ class BuildConfig(Settings):
     calib: CalibConfig = CalibConfig()
     quantize: QuantizeConfig = QuantizeConfig()
     bench: BenchConfig = BenchConfig()
+    compare: CompareConfig = CompareConfig()
     more_teachers: tuple[TeacherConfig, ...] = ()  # for methods that learn from several
     scale: Scale | None = None  # of the inputs, where a checkpoint demands it; None: that of the (teacher's) images
     images_per_class: int | None = None  # of each of training and test data; None: all
@@ -100,6 +127,7 @@ def smoke(config: BuildConfig) -> BuildConfig:
         student=replace(config.student, epochs=4, labels_per_class=None, unlabelled=0),
         calib=replace(config.calib, images=16),
         bench=replace(config.bench, blocks=4, calls=16, warmup_s=0.05, metrics=SMOKE_METRICS),
+        compare=replace(config.compare, seeds=min(config.compare.seeds, 2)),
     )
 
 

@@ -21,6 +21,7 @@ RANK = {
     "recipes": 4,
     "configuration": 4,
     "pipeline": 5,
+    "comparison": 5,
     "cli": 6,
     "__main__": 7,
 }

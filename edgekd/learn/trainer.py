@@ -116,10 +116,8 @@ class Trainer:
             if not math.isfinite(total.item()):
                 told = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
                 first = next((name for name, value in losses.items() if not math.isfinite(value.item())), "their sum")
-                raise TrainingError(
-                    f"loss `{first}` is not finite in phase `{phase.name}`, epoch {epoch + 1}, step {step + 1} ({told})",
-                    hint=CALMER,
-                )
+                when = f"phase `{phase.name}`, epoch {epoch + 1}, step {step + 1}"
+                raise TrainingError(f"loss `{first}` is not finite in {when} ({told})", hint=CALMER)
             optimiser.zero_grad(set_to_none=True)
             total.backward()  # type: ignore[no-untyped-call]
             optimiser.step()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +20,12 @@ from edgekd.core.onnx_facts import Exported, OnnxFacts
 from edgekd.core.settings import Settings
 from edgekd.core.target import Dialect
 from edgekd.stages.calibrate import check_inputs, load_calibration
+from edgekd.stages.explicit import WEIGHTED, explicit
 
 if TYPE_CHECKING:
     import onnx
 
 LOWEST_OPSET = 13  # Q/DQ with a scale per channel
-WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")  # without one of them there is nothing to gain
 FLOAT = {
     "BatchNormalization"
 }  # one that no convolution could take up: 8 bits for all channels cost accuracy, gain no time
@@ -59,8 +59,21 @@ def quantize(out: Path, model: Exported, images: File, dialect: Dialect, config:
 
     Raises ModelError if the files cannot be quantized, DataError if the calibration images do not fit.
     """
+    return quantize_with(out, model, images, dialect, ranges_of(out, model, images, config))
+
+
+def ranges_of(out: Path, model: Exported, images: File, config: QuantizeConfig) -> Ranges:
+    """The statistics of one network for all dialects, from one pass over the calibration images.
+
+    Writes nothing into `out`: as a step of the ledger, it is kept there. Raises as `quantize` does.
+    """
     inputs = load_calibration(images.path, model.single.input)
-    ranges = calibrate(model.dynamic.file.path, inputs, config)  # some of its tensors are constants in the other
+    return calibrate(model.dynamic.file.path, inputs, config)  # some of its tensors are constants in the other
+
+
+def quantize_with(out: Path, model: Exported, images: File, dialect: Dialect, ranges: Ranges) -> Exported:
+    """Both files of `model` in INT8; `ranges` serve all dialects. Raises as `quantize` does."""
+    inputs = load_calibration(images.path, model.single.input)
     name = f"{model.single.name}-int8"
     single = convert(model.single.file.path, out / f"{name}.onnx", inputs, dialect, ranges)
     dynamic = convert(model.dynamic.file.path, out / f"{name}-dynamic.onnx", inputs, dialect, ranges, single.macs)
@@ -180,35 +193,51 @@ def convert(
     `macs` are needed where the file computes with its batch size, so that they cannot be counted.
     """
     import onnx
-    from onnxruntime.quantization import QDQQuantizer, QuantType, TensorData, TensorsData
-    from onnxruntime.quantization.calibrate import CalibrationMethod
-    from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
     quantizable(path)
-    original = onnx.load(str(path), load_external_data=False)
-    known = {n: TensorData(lowest=np.float32(a), highest=np.float32(b)) for n, (a, b) in ranges.bounds.items()}
-    try:
-        quantizer = QDQQuantizer(
-            prepared(path),
-            dialect.per_channel,
-            dialect.reduce_range,
-            QuantType.QInt8,
-            QuantType.QInt8 if dialect.activation == "int8" else QuantType.QUInt8,
-            TensorsData(CalibrationMethod.MinMax, known),
-            nodes_to_quantize=[],
-            nodes_to_exclude=[],
-            op_types_to_quantize=sorted({*QLinearOpsRegistry, *QDQRegistry} - FLOAT),
-            extra_options={"ActivationSymmetric": dialect.symmetric_activation, "WeightSymmetric": True},
+    if dialect.form == "cache":
+        raise ConfigError(
+            f"the form `{dialect.form}` is no ONNX file: the network stays as it is",
+            hint="write its calibration cache, `edgekd quantize --dialect dla`",
         )
-        quantizer.quantize_model()
-        quantizer.model.topological_sort()  # new nodes were appended at the end
-        made = quantizer.model.model
+    original = onnx.load(str(path), load_external_data=False)
+    try:
+        if dialect.form == "pairs":
+            made = explicit(prepared(path), ranges.bounds, dialect.per_channel)
+        else:
+            made = integers(prepared(path), ranges.bounds, dialect)
     except ValueError as error:
-        raise ModelError(f"onnxruntime cannot quantize `{path}`: {error}", hint="calibrate this very file") from error
+        writer = "edgekd" if dialect.form == "pairs" else "onnxruntime"
+        raise ModelError(f"{writer} cannot quantize `{path}`: {error}", hint="calibrate this very file") from error
     made.ir_version = original.ir_version
     onnx_files.write(made, target, {entry.key: entry.value for entry in original.metadata_props})
     try_out(path, target, inputs)
     return onnx_facts.described(target, target.stem, macs)
+
+
+def integers(model: onnx.ModelProto, bounds: Mapping[str, tuple[float, float]], dialect: Dialect) -> onnx.ModelProto:
+    """`model` as onnxruntime executes it fastest. Raises ValueError if a tensor has no range."""
+    from onnxruntime.quantization import QDQQuantizer, QuantType, TensorData, TensorsData
+    from onnxruntime.quantization.calibrate import CalibrationMethod
+    from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+
+    known = {n: TensorData(lowest=np.float32(a), highest=np.float32(b)) for n, (a, b) in bounds.items()}
+    quantizer = QDQQuantizer(
+        model,
+        dialect.per_channel,
+        dialect.reduce_range,
+        QuantType.QInt8,
+        QuantType.QInt8 if dialect.activation == "int8" else QuantType.QUInt8,
+        TensorsData(CalibrationMethod.MinMax, known),
+        nodes_to_quantize=[],
+        nodes_to_exclude=[],
+        op_types_to_quantize=sorted({*QLinearOpsRegistry, *QDQRegistry} - FLOAT),
+        extra_options={"ActivationSymmetric": dialect.symmetric_activation, "WeightSymmetric": True},
+    )
+    quantizer.quantize_model()
+    quantizer.model.topological_sort()  # new nodes were appended at the end
+    made: onnx.ModelProto = quantizer.model.model
+    return made
 
 
 def try_out(path: Path, target: Path, inputs: np.ndarray) -> None:

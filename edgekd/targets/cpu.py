@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
+from edgekd.core.dialects import DIALECTS
 from edgekd.core.errors import ConfigError
 from edgekd.core.processor import flags
 from edgekd.core.target import Dialect, Target
@@ -22,8 +23,8 @@ class Cpu(Target):
         """x86 is fast with unsigned activations only; its chips without VNNI saturate on full 8-bit weights."""
         if platform.machine() in ("x86_64", "AMD64"):
             vnni = {"avx512_vnni", "avx_vnni"} & set(flags())
-            return Dialect("uint8", symmetric_activation=False, reduce_range=not vnni)
-        return Dialect("int8", symmetric_activation=False)
+            return replace(DIALECTS["ort-x86"], reduce_range=not vnni)
+        return DIALECTS["ort-arm"]
 
     def missing(self) -> str:
         return "" if find_spec("onnxruntime") else "onnxruntime is not installed"

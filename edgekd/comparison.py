@@ -1,0 +1,265 @@
+"""Teach one student by many methods with the same budget and several seeds: the whole of `edgekd compare`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import re
+import signal
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgekd import __version__
+from edgekd.configuration import BuildConfig, at_least
+from edgekd.core import plain, plugins
+from edgekd.core.errors import ConfigError
+from edgekd.core.ledger import Ledger, code
+from edgekd.core.method import Method
+from edgekd.core.model import Model
+from edgekd.core.task import Task
+from edgekd.pipeline import calibration, course, pricing, tasks, teach
+from edgekd.stages.calibrate import CalibrationSet
+from edgekd.stages.contest import Classroom, Taught
+from edgekd.stages.distill import Trained
+from edgekd.stages.grade import Graded, grade
+from edgekd.stages.standings import Comparison, Run, Teacher, publish, scored, standings
+
+log = logging.getLogger(__name__)
+PACKAGES = ("torch", "numpy")  # whose versions a result depends on
+
+
+@dataclass(frozen=True)
+class Contender:
+    label: str
+    model: Model
+    method: Method
+
+
+def compare(config: BuildConfig, out: Path, jobs: int, command: str) -> Comparison:
+    """Every contender with every seed, each in a process of its own; what was done before is not done again.
+
+    Writes compare.md, compare.json and compare.svg into `out`. Raises EdgekdError.
+    """
+    at_least(1, jobs=jobs)
+    entries = contenders(config)
+    check_baseline(config, entries)
+    seeds = tuple(config.student.seed + n for n in range(config.compare.seeds))
+    ledger = Ledger(out / "steps")
+    with ledger.locked():
+        task, taught = tasks(ledger, config)
+        calib = calibration(ledger, config, task)
+        teachers = teach(ledger, config, taught)
+        known = tuple(
+            Teacher(t.weights.name, g.readings, t.weights.parameters, g.macs)
+            for t in teachers
+            for g in [graded(ledger, t, task)]
+        )
+        rows = contest(ledger, config, task, calib, teachers, entries, seeds, jobs)
+        baseline = baseline_row(config, entries, list(rows))
+        score = scored(rows[baseline][0].readings)
+        made = Comparison(
+            name=config.name,
+            edgekd=__version__,
+            created=ledger.latest,
+            command=command,
+            score=score,
+            seeds=seeds,
+            baseline=baseline,
+            test=len(np.load(task.test.labels.path, mmap_mode="r")),
+            standings=standings(rows, baseline, score),
+            teachers=known,
+            contenders={e.label: {"model": plain.dump(e.model), "method": plain.dump(e.method)} for e in entries},
+            config=plain.dump(config),
+            versions={name: version(name) for name in PACKAGES},
+            system=f"{platform.platform()}, Python {platform.python_version()}",
+        )
+        publish(made, out)
+    return made
+
+
+def entered(config: BuildConfig, names: Sequence[str], seeds: int | None, baseline: str | None) -> BuildConfig:
+    """The configuration with what a command line says of its comparison; None and no names leave it as it is.
+
+    Each name is a rival, a method with the settings that the configuration has for it, or a method with its defaults.
+    Raises ConfigError for a name that is none of these.
+    """
+    c = config.compare
+    rivals = {r.name: r for r in c.rivals}
+    if names:
+        methods = tuple(m for name in names if name not in rivals for m in called(name, config))
+        c = replace(c, methods=methods, rivals=tuple(rivals[name] for name in names if name in rivals))
+    return replace(
+        config,
+        compare=replace(
+            c,
+            seeds=c.seeds if seeds is None else seeds,
+            baseline=c.baseline if baseline is None else baseline,
+        ),
+    )
+
+
+def called(name: str, config: BuildConfig) -> list[Method]:
+    """The methods of that name: as the comparison lists them, else as the student's, else with their defaults."""
+    for listed in (config.compare.methods or (), (config.student.method, *config.student.baselines)):
+        if found := [m for m in listed if plugins.name_of(m) == name]:
+            return found
+    known = plugins.names("methods")
+    if name not in known:
+        rivals = [r.name for r in config.compare.rivals]
+        raise plugins.unknown(f"there is no method and no rival `{name}`", name, [*rivals, *known])
+    return [plain.load(Method, {"use": name})]  # type: ignore[type-abstract]
+
+
+def contenders(config: BuildConfig) -> tuple[Contender, ...]:
+    """Who is compared, each under a label of its own. Raises ConfigError if two have the same."""
+    c, student = config.compare, config.student
+    methods = (student.method, *student.baselines) if c.methods is None else c.methods
+    entries = [Contender(label, student.model, m) for label, m in zip(labels(methods), methods, strict=True)]
+    entries += [Contender(r.name, r.model or student.model, r.method) for r in c.rivals]
+    if not entries:
+        raise ConfigError("compare has no contenders", hint="name methods, such as `- {use: alone}`")
+    seen: set[str] = set()
+    for entry in entries:
+        if entry.label in seen:
+            raise ConfigError(
+                f"two contenders are called `{entry.label}`",
+                hint="keep one, or list one among compare.rivals with another name",
+            )
+        seen.add(entry.label)
+    return tuple(entries)
+
+
+def labels(methods: Sequence[Method]) -> list[str]:
+    """Their names; with the settings that tell them apart where a method is there more than once."""
+    names = [plugins.name_of(m) for m in methods]
+    settings = [dict(flat(plain.dump(m))) for m in methods]
+    found = []
+    for name, mine in zip(names, settings, strict=True):
+        like = [s for n, s in zip(names, settings, strict=True) if n == name]
+        differing = [key for key in mine if any(s.get(key) != mine[key] for s in like)]
+        inside = [key.removesuffix("use") for key in differing if key.endswith(".use")]  # of other plug-ins
+        telling = [k for k in differing if not any(k.startswith(above) and k != f"{above}use" for above in inside)]
+        told = ", ".join(f"{key.removesuffix('.use')}={mine[key]}" for key in telling)
+        found.append(f"{name}({told})" if told else name)
+    return found
+
+
+def flat(settings: dict[str, Any], above: str = "") -> list[tuple[str, str]]:
+    """Dotted names and values as text; what is inside of another plug-in is named after it."""
+    found: list[tuple[str, str]] = []
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            found += flat(value, f"{above}{key}.")
+        else:
+            found.append((f"{above}{key}", value if isinstance(value, str) else json.dumps(value)))
+    return found
+
+
+def check_baseline(config: BuildConfig, entries: tuple[Contender, ...]) -> None:
+    """Raises ConfigError unless the baseline is a contender, or one of a contender's students: `label/student`."""
+    name = config.compare.baseline
+    known = [e.label for e in entries]
+    if name and name not in known and name.rpartition("/")[0] not in known:
+        raise plugins.unknown(f"the baseline `{name}` is not among the contenders", name, known)
+
+
+def baseline_row(config: BuildConfig, entries: tuple[Contender, ...], rows: list[str]) -> str:
+    """Its row. Raises ConfigError if its contender made several students and none of them is meant."""
+    name = config.compare.baseline or entries[0].label
+    if name not in rows:
+        raise plugins.unknown(f"the baseline `{name}` is none of the students that were taught", name, rows)
+    return name
+
+
+def contest(
+    ledger: Ledger,
+    config: BuildConfig,
+    task: Task,
+    calib: CalibrationSet,
+    teachers: tuple[Trained, ...],
+    entries: tuple[Contender, ...],
+    seeds: tuple[int, ...],
+    jobs: int,
+) -> dict[str, tuple[Run, ...]]:
+    """The runs of every row, up to `jobs` lessons at a time. One that fails ends all: the others go on next time."""
+    threads = max(1, torch.get_num_threads() // jobs)
+
+    def prepare_thread() -> None:
+        # what a thread starts inherits this: Ctrl-C is heard by the main thread, which ends the lessons
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        torch.set_num_threads(threads)
+
+    def one(entry: Contender, seed: int) -> list[tuple[str, Run]]:
+        name = re.sub(r"[^\w.=-]+", "-", entry.label).strip("-")  # part of a file's name
+        taught = ledger.step(
+            f"lesson-{name}-seed{seed}",
+            Taught,
+            room.teach,
+            name,
+            task,
+            entry.model,
+            entry.method,
+            course(config, seed),
+            teachers,
+            pricing(config, entry.method, calib),
+        )
+        return [
+            (entry.label + t.weights.name.removeprefix(name).replace("-", "/", 1), run(t, taught, seed, grades))
+            for t in taught.students
+            for grades in [graded(ledger, t, task, f"-seed{seed}")]
+        ]
+
+    resource_tracker.ensure_running()  # of multiprocessing; started from a thread it would let Ctrl-C through there
+    pool = ThreadPoolExecutor(jobs, initializer=prepare_thread)
+    with Classroom(jobs, threads) as room:
+        # all contenders once, then again: a mistake in the last of them shows early
+        futures = {pool.submit(one, entry, seed): (entry, seed) for seed in seeds for entry in entries}
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                entry, seed = futures[future]
+                told = ", ".join(f"{100 * (r.valid_accuracy or 0):.1f} %" for _, r in future.result())
+                log.info("%s, seed %d: validation accuracy %s (%d of %d)", entry.label, seed, told, done, len(futures))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    pool.shutdown()
+    rows: dict[str, list[Run]] = {}
+    for entry in entries:
+        for future in (f for f, (e, _) in futures.items() if e is entry):
+            for name, made in future.result():
+                rows.setdefault(name, []).append(made)
+    return {name: tuple(runs) for name, runs in rows.items()}
+
+
+def graded(ledger: Ledger, trained: Trained, task: Task, suffix: str = "") -> Graded:
+    names = tuple(plugins.names("metrics"))
+    metrics = {name: code(plugins.places("metrics")[name]) for name in names}
+    return ledger.given(metrics).step(f"grade-{trained.weights.name}{suffix}", Graded, grade, trained, task, names)
+
+
+def run(trained: Trained, taught: Taught, seed: int, grades: Graded) -> Run:
+    """One student's record."""
+    w = trained.weights
+    epochs = sum(phase.epochs for phase in w.phases)
+    return Run(
+        seed=seed,
+        readings=grades.readings,
+        valid_accuracy=w.valid_accuracy,
+        parameters=w.parameters,
+        macs=grades.macs,
+        sha256=w.file.sha256,
+        epochs=epochs,
+        epoch_seconds=w.seconds / max(epochs, 1),
+        seconds=taught.seconds,
+        cpu_seconds=taught.cpu_seconds,
+        memory_bytes=taught.memory_bytes,
+        conditions=f"{taught.processor}, threads: {taught.threads}, lessons at a time: {taught.jobs}",
+    )

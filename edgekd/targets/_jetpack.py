@@ -1,0 +1,145 @@
+"""JetPacks and Jetson boards: what each can do, and what is done instead where a board or its JetPack cannot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Literal
+
+from edgekd.core import config, plain
+from edgekd.core.errors import ConfigError
+from edgekd.core.plugins import unknown
+from edgekd.core.settings import Settings
+
+Route = Literal["calibration", "explicit", "strongly_typed"]
+Precision = Literal["fp32", "fp16", "int8", "fp8", "fp4"]
+
+
+@dataclass(frozen=True)
+class Board(Settings):
+    """One kind of module."""
+
+    name: str
+    title: str
+    modules: tuple[str, ...]  # part numbers, as in /proc/device-tree/compatible
+    sm: str  # compute capability of the GPU
+    precisions: tuple[Precision, ...]  # that TensorRT runs on its GPU
+    dla_cores: int
+    memory_gb: tuple[int, ...]  # as sold, shared by CPU and GPU
+
+
+@dataclass(frozen=True)
+class Jetpack(Settings):
+    """One line of JetPack releases, in its newest form; all versions are texts."""
+
+    version: str
+    releases: str
+    l4t: str
+    ubuntu: str
+    python: str
+    cuda: str
+    tensorrt: str
+    opset: tuple[int, int]  # lowest and highest of ai.onnx that the parser accepts
+    ir: int  # highest IR version that onnxruntime on the board loads; the parser has no limit of its own
+    onnxruntime: str  # the newest CPU wheel for its Python
+    int8: tuple[Route, ...]  # all routes to INT8 on the GPU, the one to take first
+    dla: Literal["calibration", "none"]  # the route to INT8 on a DLA
+    boards: tuple[str, ...]
+
+    @property
+    def tensorrt_version(self) -> tuple[int, int]:
+        """Major and minor."""
+        major, minor = self.tensorrt.split(".")[:2]
+        return int(major), int(minor)
+
+
+@dataclass(frozen=True)
+class Table(Settings):
+    jetpacks: tuple[Jetpack, ...]
+    boards: tuple[Board, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to build for one board under one JetPack."""
+
+    jetpack: Jetpack
+    board: Board
+    engines: tuple[Precision, ...]  # to build on the device and to compare
+    int8: Route | None  # None: no INT8 there
+    dla: bool  # whether its engine runs on a DLA
+    instead: tuple[str, ...]  # a sentence for everything that was asked for and cannot be had
+
+
+@cache
+def table() -> Table:
+    text = files("edgekd.targets").joinpath("jetpacks.yaml").read_text(encoding="utf-8")
+    return plain.load(Table, config.parse(text, "jetpacks.yaml"))
+
+
+def jetpack(version: str) -> Jetpack:
+    """Raises ConfigError if there is no such JetPack in the table."""
+    known = {row.version: row for row in table().jetpacks}
+    if version not in known:
+        raise unknown(f"there is no JetPack `{version}` in edgekd's table", version, list(known))
+    return known[version]
+
+
+def board(name: str) -> Board:
+    """Raises ConfigError if there is no such board in the table."""
+    known = {row.name: row for row in table().boards}
+    if name not in known:
+        raise unknown(f"there is no board `{name}` in edgekd's table", name, list(known))
+    return known[name]
+
+
+def plan(version: str, name: str, dla: bool = False) -> Plan:
+    """What to build for the board `name` under JetPack `version`; `dla` asks for its DLA.
+
+    Raises ConfigError if one of them is unknown or that JetPack does not run on the board.
+    """
+    row, kind = jetpack(version), board(name)
+    if kind.name not in row.boards:
+        fitting = ", ".join(other.version for other in table().jetpacks if kind.name in other.boards)
+        raise ConfigError(
+            f"JetPack {version} does not run on {kind.title}", hint=f"{kind.title} runs JetPack {fitting}"
+        )
+    instead = []
+    has_int8 = "int8" in kind.precisions
+    if not has_int8:
+        instead.append(
+            f"INT8 is not available on SM {kind.sm} ({kind.title}): the student is built in FP16 and FP32 there"
+        )
+    if dla and (reason := no_dla(row, kind)):
+        instead.append(f"{reason}: the engine runs on the GPU")
+    on_dla = dla and not no_dla(row, kind)
+    route: Route | None = "calibration" if on_dla else row.int8[0]
+    engines: tuple[Precision, ...] = ("fp32", "fp16", "int8") if has_int8 else ("fp32", "fp16")
+    if on_dla:
+        engines = ("fp16", "int8")  # a DLA computes in nothing else
+    return Plan(row, kind, engines, route if has_int8 else None, on_dla, tuple(instead))
+
+
+def no_dla(row: Jetpack, kind: Board) -> str:
+    """Why the DLA cannot be used; empty if it can."""
+    if not kind.dla_cores:
+        return f"{kind.title} has no DLA"
+    return "" if row.dla == "calibration" else f"TensorRT {row.tensorrt} of JetPack {row.version} knows no DLA"
+
+
+def cache_release(version: str | None) -> str:
+    """The TensorRT whose calibration cache a DLA under JetPack `version` reads.
+
+    Raises ConfigError without a version, and where no DLA reads a cache.
+    """
+    fitting = ", ".join(row.version for row in table().jetpacks if row.dla == "calibration")
+    if version is None:
+        raise ConfigError("a calibration cache is for one TensorRT", hint=f"say --jetpack, one of {fitting}")
+    row = jetpack(version)
+    if row.dla == "none":
+        raise ConfigError(
+            f"TensorRT {row.tensorrt} of JetPack {version} knows no DLA, so that nothing reads a calibration cache",
+            hint=f"use the dialect `tensorrt` for the GPU, or JetPack {fitting} for a DLA",
+        )
+    return row.tensorrt

@@ -1,0 +1,312 @@
+"""One student, many methods, several seeds: what is measured, what is said of it, and how it survives."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from edgekd import comparison
+from edgekd.configuration import BuildConfig, CompareConfig, Rival, StudentConfig, TeacherConfig, configured
+from edgekd.core import plain, plugins
+from edgekd.core.artifact import File
+from edgekd.core.errors import ConfigError, EdgekdError, TrainingError
+from edgekd.core.model import Model
+from edgekd.core.task import Augment
+from edgekd.core.trial import Interval
+from edgekd.learn import weights
+from edgekd.learn.trainer import TrainConfig
+from edgekd.pipeline import distilled
+from edgekd.stages.calibrate import CalibConfig
+from edgekd.stages.contest import Classroom
+from edgekd.stages.distill import Course, adopt
+from edgekd.stages.grade import grade
+from edgekd.stages.prepare import prepare
+from edgekd.stages.standings import Run, paired_interval, standings, verdict
+from tests import zoo
+
+ROOT = Path(__file__).parent.parent
+TRAIN = TrainConfig(batch=16, precision="fp32")
+ALONE, KD, FINE_TUNE = (plugins.load("methods", name) for name in ("alone", "kd", "fine_tune"))
+
+
+TOYS = """
+import os
+import signal
+from pathlib import Path
+from tests.zoo import Toy, nn
+
+def small():
+    if "LIVES" in os.environ:  # tells who builds it, so that a test can see whether that process lives
+        (Path(os.environ["LIVES"]) / str(os.getpid())).touch()
+    return Toy()
+
+def big():
+    return Toy(8)
+
+def maps():
+    return nn.Conv2d(3, 1, 3, padding=1)
+
+def deadly():
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def toys(tmp_path_factory):
+    """A module with networks, as a user has one."""
+    home = tmp_path_factory.mktemp("toys")
+    (home / "compared_toys.py").write_text(TOYS)
+    sys.path.insert(0, str(home))
+    yield home
+    sys.path.remove(str(home))
+
+
+def family(function):
+    return plain.load(Model, {"use": "python", "function": f"compared_toys:{function}"})
+
+
+def blobs(**compare):
+    return BuildConfig(
+        name="blobs",
+        data=zoo.Blobs(),
+        teacher=TeacherConfig(model=family("big"), epochs=4, train=TRAIN),
+        student=StudentConfig(model=family("small"), method=ALONE(), baselines=(KD(),), epochs=30, train=TRAIN),
+        targets=(plugins.load("targets", "cpu")(),),
+        calib=CalibConfig(images=16),
+        compare=CompareConfig(**({"seeds": 2} | compare)),
+    )
+
+
+def compared(out, config=None, jobs=1):
+    return comparison.compare(config or blobs(), out, jobs, command="edgekd compare blobs")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    out = tmp_path_factory.mktemp("compared")
+    return out, compared(out, jobs=2)
+
+
+def test_every_contender_is_taught_with_every_seed_and_measured(made):
+    _, found = made
+    assert [s.name for s in found.standings] == ["alone", "kd"]
+    for standing in found.standings:
+        assert [run.seed for run in standing.runs] == [0, 1]
+        for run in standing.runs:
+            assert 0 <= run.readings["top1"] <= 100 and 0 <= run.valid_accuracy <= 1
+            assert run.epochs == 30 and run.seconds > 30 * run.epoch_seconds > 0 and run.cpu_seconds > 0
+            assert run.memory_bytes > 5e7 and "lessons at a time: 2" in run.conditions
+            # by hand: 8x8 pixels, then 4x4; kernels of 3x3
+            assert run.macs == 64 * 9 * 1 * 4 + 16 * 9 * 4 * 8 + 16 * 9 * 8 * 16 + 16 * 3
+            assert run.parameters == sum(p.numel() for p in zoo.Toy().parameters())
+    one, two = (next(s for s in found.standings if s.name == name).runs for name in ("alone", "kd"))
+    assert len({run.sha256 for run in (*one, *two)}) == 4
+
+
+def test_the_difference_is_paired_by_seed(made):
+    _, found = made
+    alone, kd = (np.array([run.readings["top1"] for run in s.runs]) for s in found.standings)
+    standing = found.standings[1]
+    assert standing.mean == pytest.approx(kd.mean()) and standing.deviation == pytest.approx(kd.std(ddof=1))
+    assert standing.difference == pytest.approx((kd - alone).mean())
+    half = 12.7062 * (kd - alone).std(ddof=1) / 2**0.5
+    assert standing.interval.high == pytest.approx((kd - alone).mean() + half, abs=1e-3)
+    assert found.standings[0].verdict == "baseline" and found.standings[0].interval is None
+
+
+def test_a_lesson_is_the_one_that_a_build_gives(made, tmp_path):
+    _, found = made
+    config = blobs()
+    built = distilled(replace(config, student=replace(config.student, seed=1)), tmp_path)
+    by_name = {w.name: w.file.sha256 for w in built}
+    for standing in found.standings:
+        assert standing.runs[1].sha256 == by_name[standing.name]
+
+
+def test_it_is_told_in_three_forms(made):
+    out, found = made
+    text = (out / "compare.md").read_text()
+    assert "| alone |" in text and "| kd |" in text and "edgekd compare blobs" in text and "torch" in text
+    told = json.loads((out / "compare.json").read_text())
+    assert told["contenders"]["kd"]["method"] == plain.dump(KD())
+    assert told["standings"][1]["runs"][0]["seconds"] > 0
+    svg = (out / "compare.svg").read_text()
+    assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
+    assert "var(" not in svg and "kd: " in svg
+
+
+def test_a_second_comparison_teaches_nothing(made):
+    out, found = made
+    before = {path: path.read_bytes() for path in out.glob("compare.*")}
+    lessons = set((out / "steps").glob("lesson-*"))
+    assert compared(out, jobs=1) == found
+    assert {path: path.read_bytes() for path in out.glob("compare.*")} == before and len(before) == 3
+    assert set((out / "steps").glob("lesson-*")) == lessons
+
+
+@pytest.mark.slow
+def test_when_it_is_killed_its_lessons_end_and_the_next_run_goes_on(made, toys, tmp_path):
+    out, whole = made
+    lives = tmp_path / "lives"
+    lives.mkdir()
+    code = "from tests.test_comparison import *\ncompared(Path(sys.argv[1]), blobs(methods=(KD(),), seeds=3))"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{toys}", "LIVES": str(lives)}
+    for number in (signal.SIGINT, signal.SIGKILL):
+        seen = set(lives.iterdir())
+        words = [sys.executable, "-c", code, str(out)]
+        parent = subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+        wait_for(lambda seen=seen: set(lives.iterdir()) - seen)
+        wait_for(lambda: list((out / "steps").glob("lesson-kd-seed2-*/.work/*/epoch.pt")))
+        parent.send_signal(number)
+        assert parent.wait(60) != 0
+        (child,) = (int(path.name) for path in set(lives.iterdir()) - seen)
+        wait_for(lambda child=child: not alive(child))
+    config = blobs(methods=(KD(),), seeds=3)
+    runs = compared(out, config).standings[0].runs
+    assert runs[:2] == whole.standings[1].runs  # more seeds teach only the new ones
+    assert runs[2].seconds is None and runs[2].memory_bytes is None  # what came before the end is not known
+    again = distilled(replace(config, student=replace(config.student, seed=2)), tmp_path)
+    assert runs[2].sha256 == next(w.sha256 for w in (t.file for t in again if t.name == "kd"))
+
+
+def wait_for(happened, seconds=60):
+    until = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+
+
+def test_what_a_method_refuses_is_said_as_it_says_it(made):
+    out, _ = made
+    wrong = blobs(methods=(FINE_TUNE(),))  # the student is smaller than the teacher
+    with pytest.raises(ConfigError, match="of the student's .* tensors are in the teacher") as error:
+        compared(out, wrong)
+    assert "student.model" in error.value.hint
+
+
+def test_a_lesson_that_is_killed_is_named(tmp_path):
+    task = zoo.blobs_task(tmp_path / "data")
+    course = Course(1, TRAIN, Augment(), seed=7)
+    with Classroom(1, 1) as room, pytest.raises(TrainingError, match="`poor` with seed 7 was killed by signal 9"):
+        room.teach(tmp_path, "poor", task, family("deadly"), ALONE(), course, (), None)
+
+
+def test_a_network_is_graded_by_what_its_task_is_scored_with(tmp_path):
+    task = zoo.blobs_task(tmp_path / "data")
+    network = zoo.Toy().eval()
+    weights.save(network, tmp_path / "toy.safetensors")
+    trained = adopt(tmp_path, "toy", task, family("small"), File.of(tmp_path / "toy.safetensors"), False)
+    graded = grade(tmp_path, trained, task, tuple(plugins.names("metrics")))
+    test = task.test.load()
+    with torch.no_grad():
+        logits = network(torch.from_numpy(task.inputs(test.images))).numpy()
+    assert graded.readings == {"top1": pytest.approx(100 * (logits.argmax(1) == test.labels).mean())}
+    other = replace(trained, classes=("x", "y", "z"))
+    assert grade(tmp_path, other, task, ("top1",)).readings == {}
+
+
+def test_a_dense_answer_is_graded_by_its_own_metrics(tmp_path):
+    task = prepare(tmp_path, plugins.load("data", "scenes")(train=4, valid=2, test=2), None)
+    torch.manual_seed(0)
+    network = nn.Conv2d(3, 1, 3, padding=1)
+    weights.save(network, tmp_path / "maps.safetensors")
+    trained = adopt(tmp_path, "maps", task, family("maps"), File.of(tmp_path / "maps.safetensors"), False)
+    readings = grade(tmp_path, trained, task, tuple(plugins.names("metrics"))).readings
+    test = task.test.load()
+    with torch.no_grad():
+        answer = network(torch.from_numpy(task.inputs(test.images))).numpy()
+    known = ~np.isnan(test.labels)
+    assert readings["rmse"] == pytest.approx(np.sqrt(((answer - test.labels)[known] ** 2).mean()), rel=1e-5)
+    assert set(readings) == {"rmse", "delta1"}
+
+
+def test_the_interval_is_students():
+    # by hand: mean 2, deviation 1, t(0.975, 2) = 4.302653, over the root of 3
+    assert paired_interval([1, 2, 3]) == Interval(*(pytest.approx(v, abs=1e-5) for v in (-0.484138, 2.0, 4.484138)))
+    assert paired_interval([1.0]) is None
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "says"),
+    [(0.1, 2, "better"), (-2, -0.1, "worse"), (-1, 1, "no measurable difference"), (0, 1, "no measurable difference")],
+)
+def test_a_difference_counts_when_its_interval_excludes_zero(low, high, says):
+    assert verdict(Interval(low, (low + high) / 2, high)) == says
+
+
+def a_run(seed, top1):
+    return Run(seed, {"top1": top1}, 0.5, 10, 20, "0" * 64, 1, 1.0, 1.0, 1.0, 10**6, "here")
+
+
+def test_only_seeds_that_both_have_are_paired():
+    rows = {"a": (a_run(0, 50.0), a_run(1, 60.0)), "b": (a_run(1, 61.0), a_run(2, 90.0))}
+    _, b = standings(rows, "a", "top1")
+    assert b.mean == 75.5 and b.difference == 1.0
+    assert b.interval is None and b.verdict == "one seed: no interval"
+
+
+def test_several_settings_of_a_method_are_told_apart_by_what_differs():
+    plain_kd, hot, nested = KD(), KD(temperature=8.0), Rival("hot", KD(temperature=8.0))
+    assert comparison.labels([plain_kd, ALONE()]) == ["kd", "alone"]
+    assert comparison.labels([plain_kd, hot]) == ["kd(temperature=4.0)", "kd(temperature=8.0)"]
+    config = blobs(methods=(plain_kd,), rivals=(nested, Rival("big", ALONE(), family("big"))))
+    assert [(c.label, c.model) for c in comparison.contenders(config)] == [
+        ("kd", family("small")),
+        ("hot", family("small")),
+        ("big", family("big")),
+    ]
+
+
+def test_names_on_the_command_line_choose_settings_from_the_configuration_or_defaults():
+    config = blobs(methods=(KD(temperature=8.0),), rivals=(Rival("big", ALONE(), family("big")),))
+    chosen = comparison.entered(config, ("fine_tune", "kd", "big"), 5, "kd")
+    assert chosen.compare.methods == (FINE_TUNE(), KD(temperature=8.0))
+    assert chosen.compare.rivals == config.compare.rivals and chosen.compare.seeds == 5
+    assert comparison.entered(config, (), None, None) == config
+    assert [c.label for c in comparison.contenders(comparison.entered(config, ("big",), None, None))] == ["big"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says", "hint"),
+    [
+        (lambda: comparison.entered(blobs(), ("alnoe",), None, None), "no method and no rival `alnoe`", "`alone`"),
+        (lambda: comparison.entered(blobs(), (), 0, None), "seeds is 0", "1 or more"),
+        (lambda: comparison.entered(blobs(), ("kd", "kd"), None, None), "two contenders are called `kd`", "keep one"),
+        (lambda: blobs(rivals=(Rival("kd", ALONE()),)), "two contenders are called `kd`", "another name"),
+        (lambda: blobs(baseline="alnoe"), "baseline `alnoe` is not among", "`alone`"),
+        (lambda: blobs(methods=()), "no contenders", "alone"),
+        (lambda: Rival("a/b", ALONE()), "a/b", "slash"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_taught(change, says, hint, tmp_path):
+    with pytest.raises(EdgekdError, match=says) as error:
+        compared(tmp_path, change())
+    assert hint in error.value.hint
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_yaml_file_can_hold_the_whole_comparison(tmp_path):
+    overrides = ("compare.seeds=4", "compare.methods=[{use: kd}]", "compare.rivals=[{name: x, method: {use: alone}}]")
+    config = configured("digits", overrides, (), small=False)
+    assert [c.label for c in comparison.contenders(config)] == ["kd", "x"]
+    assert config.compare.seeds == 4
+    with pytest.raises(ConfigError, match="seeds is 0"):
+        configured("digits", ("compare.seeds=0",), (), small=False)
