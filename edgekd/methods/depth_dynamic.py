@@ -9,6 +9,16 @@ of stage s, sg a stopped gradient, and A(F) the sum over channels, standardised 
 
 with the labels' loss L_p. On dense tasks L_p and KL are mean absolute errors. All sub-nets are returned, each as a
 plain network; which one ships on a target is decided by its latency there.
+
+Only the paper's abstract and introduction could be read: depths that share weights, the full net as the teacher in the
+same step, KL of answers, attention between maps of the same resolution. Choices where they are silent, and why:
+- Attention, temperature and the weights `logits` 0.6 and `attention` 1 are those of code that the same group published
+  beside another paper (EKD-FWSNet); there the teacher's side gets gradients and only the last stage has attention.
+  Here the gradient is stopped, which protects the full net, and every stage with sub-nets counts, as the text says.
+- The first blocks of each stage stay and the last ones are skipped: the first carry stride and width.
+- Statistics of BatchNorm are private to each sub-net, for the maps behind a cut differ. `norms` says whether scales and
+  shifts are, too; if not, statistics are estimated anew at the end, as once-for-all networks do (1908.09791).
+- A pre-trained teacher may take part in L_p; the paper has none. Without one, set `teacher` to 0.
 """
 
 from __future__ import annotations
