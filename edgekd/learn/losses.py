@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from edgekd.core.errors import ConfigError
+
 
 def supervised(answer: Tensor, truth: Tensor) -> Tensor:
     """What labels say of an answer; samples and pixels without a label say nothing, and only them gives 0.
@@ -40,3 +42,10 @@ def standardised(logits: Tensor) -> Tensor:
     """(N, classes) logits with mean 0 and standard deviation 1 in each row (Sun et al., 2024, arXiv 2403.01427)."""
     z = logits.float()
     return (z - z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + 1e-7)
+
+
+def check_weights(**weights: float) -> None:
+    """Raises ConfigError unless all are weights that a loss can have."""
+    for name, weight in weights.items():
+        if not 0 <= weight < float("inf"):  # also true of nan
+            raise ConfigError(f"{name} is {weight:g}", hint="use a weight of 0 or more")

@@ -12,7 +12,7 @@ from edgekd.core.errors import ConfigError
 from edgekd.core.method import Lesson, Losses, Method
 from edgekd.core.settings import Settings
 from edgekd.learn.layers import Layer, cuts, look, outputs, unique
-from edgekd.learn.losses import imitation, supervised
+from edgekd.learn.losses import check_weights, imitation, supervised
 from edgekd.learn.routes import Candidate
 from edgekd.learn.taps import Taps
 from edgekd.learn.teachers import columns, teacher
@@ -151,9 +151,3 @@ class FeatureMethod(Method):
             return task | {"logits": self.logits * imitation(answer, copied, self.temperature, self.standardise)}
 
         return losses
-
-
-def check_weights(**weights: float) -> None:
-    for name, weight in weights.items():
-        if not 0 <= weight < float("inf"):  # also true of nan
-            raise ConfigError(f"{name} is {weight:g}", hint="use a weight of 0 or more")

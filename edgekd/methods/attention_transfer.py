@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgekd.core.method import Batch, Lesson, Losses, Phase, Script
-from edgekd.learn.pairs import Both, FeatureMethod, check_weights, equal_pairs
+from edgekd.learn.losses import check_weights
+from edgekd.learn.pairs import Both, FeatureMethod, equal_pairs
 
 
 @dataclass(frozen=True)

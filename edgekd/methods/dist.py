@@ -18,8 +18,7 @@ from torch import Tensor
 
 from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
-from edgekd.learn.losses import standardised, supervised
-from edgekd.learn.pairs import check_weights
+from edgekd.learn.losses import check_weights, standardised, supervised
 from edgekd.learn.teachers import answering_classes
 
 EPSILON = 1e-8  # a constant column correlates with nothing

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
-from edgekd.learn.losses import standardised, supervised
-from edgekd.learn.pairs import check_weights
+from edgekd.learn.losses import check_weights, standardised, supervised
 from edgekd.learn.teachers import answering_classes
 
 NEVER = -1000.0  # a logit that softmax makes 0 of, without the NaN that KL makes of minus infinity

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Phase, Script
-from edgekd.learn.pairs import Both, FeatureMethod, check_weights, equal_pairs
+from edgekd.learn.losses import check_weights
+from edgekd.learn.pairs import Both, FeatureMethod, equal_pairs
 from edgekd.learn.routes import Candidate
 from edgekd.learn.teachers import teacher
 

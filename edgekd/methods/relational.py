@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgekd.core.method import Batch, Lesson, Losses, Phase, Script
-from edgekd.learn.pairs import Both, FeatureMethod, check_weights, deepest_pairs
+from edgekd.learn.losses import check_weights
+from edgekd.learn.pairs import Both, FeatureMethod, deepest_pairs
 
 EPSILON = 1e-12  # features that are all the same have no scale
 

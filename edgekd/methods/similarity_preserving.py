@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgekd.core.method import Batch, Lesson, Losses, Phase, Script
-from edgekd.learn.pairs import Both, FeatureMethod, check_weights, deepest_pairs
+from edgekd.learn.losses import check_weights
+from edgekd.learn.pairs import Both, FeatureMethod, deepest_pairs
 
 
 @dataclass(frozen=True)
