@@ -102,6 +102,8 @@ def test_the_stages_have_the_paper_s_shares_and_weight_decay(route):
     assert (first.epochs, second.epochs) == (8, 12)
     assert first.span == (0.0, 1.0) and second.span == (0.0, 1.0)
     assert list(first.decay.values()) == [1e-3] and list(second.decay.values()) == [0.0]
+    _, gentle = phases(dataclasses.replace(route, start=0.5), a_lesson())
+    assert gentle.span == (0.5, 1.0)
 
 
 def test_each_period_drops_the_route_with_the_worst_joint_loss():

@@ -67,6 +67,15 @@ def test_unlabelled_images_are_mixed_in_beside_the_labelled():
         few(train, Course(1, QUICK, Augment(), 0, labels_per_class=1, unlabelled=10))
 
 
+def test_few_labelled_images_are_repeated_up_to_their_share():
+    train = Arrays(np.arange(48, dtype=np.uint8).reshape(12, 2, 2, 1), np.arange(12) % 3)
+    course = Course(1, QUICK, Augment(), 0, labels_per_class=1, unlabelled=6, labelled_share=0.4)
+    mixed = few(train, course)
+    labelled = mixed.labels >= 0
+    assert len(mixed.labels) == 10 and set(mixed.labels[labelled].tolist()) == {0, 1, 2}
+    assert labelled.sum() == 4 and len(np.unique(mixed.images[labelled], axis=0)) == 3
+
+
 def test_pixels_within_a_factor_of_1_25_are_right():
     answer = torch.tensor([1.0, 1.2, 1.3, -1.0, 5.0])
     truth = torch.tensor([1.0, 1.0, 1.0, 1.0, float("nan")])

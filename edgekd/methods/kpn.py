@@ -24,7 +24,8 @@ Deviations from the paper, and why:
   student's front part. To bound the memory, each student layer is paired only with the teacher layer of the nearest
   receptive field, and of those routes the `candidates` with the deepest student layers are tried.
 - `reentry` is the share of stage-2 steps that go back to stage 1, drawn at random; the paper gives no frequency.
-- Each stage runs through a learning-rate schedule of its own (the paper gives none).
+- Each stage runs through a learning-rate schedule of its own (the paper gives none); stage 2 may `start` within it, for
+  few labels at the full rate undo what stage 1 taught.
 - With `keep` above 1 that many routes are left by the search and taught together: each injects into the same student,
   which thereby learns part by part. The paper ends with one.
 - `logits` mixes softened logits (Hinton et al., 2015) into L_p, over the classes that the teacher knows, too, and for
@@ -67,6 +68,7 @@ class KPN(Method):
     receptive_tolerance: float = 0.2  # beta: receptive fields of a route's layers may differ by this share
     stage1: float = 0.4  # share of the budget
     search: float = 0.2  # share of the budget, within stage 1, over which routes are dropped
+    start: float = 0.0  # where in the learning-rate schedule stage 2 begins: 0 is the full rate, 0.5 half of it
     weight: float = 0.6  # lambda
     negative: float = 0.25  # eta
     projection_decay: float = 1e-3  # weight decay of P in stage 1; none in stage 2
@@ -81,6 +83,8 @@ class KPN(Method):
                 raise ConfigError(f"{name} is {getattr(self, name)}", hint="use a share between 0 and 1")
         if self.search > self.stage1:
             raise ConfigError(f"search ({self.search}) is longer than stage1 ({self.stage1})", hint="search within it")
+        if not 0 <= self.start < 1:
+            raise ConfigError(f"start is {self.start}", hint="use a share from 0 to below 1")
         for name in ("candidates", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}", hint="use 1 or more; 1 is the least")
@@ -185,6 +189,7 @@ class KPN(Method):
             trains=(lesson.student, *pupil.projections),
             loss=loss,
             epochs=lesson.epochs - spent,
+            span=(self.start, 1.0),
             decay=dict.fromkeys(pupil.projections, 0.0),
         )
 

@@ -42,6 +42,7 @@ class Course:
     seed: int
     labels_per_class: int | None = None  # use that many training images of each class; None: all; dense: in all
     unlabelled: int = 0  # of the other training images, mixed in without their labels
+    labelled_share: float = 0.0  # of all these: labelled images are repeated where they are fewer
     with_validation: bool = False  # learn from the validation split, too
 
 
@@ -241,7 +242,9 @@ def few(train: Arrays, course: Course) -> Arrays:
             hint=f"use {len(mixed)} or fewer",
         )
     hidden = np.full_like(train.labels[mixed], np.nan if dense else -1)
-    return Arrays(train.images[np.r_[chosen, mixed]], np.concatenate([train.labels[chosen], hidden]))
+    share = course.labelled_share
+    shown = np.resize(chosen, max(len(chosen), round(share / (1 - share) * len(mixed))))  # from the first on again
+    return Arrays(train.images[np.r_[shown, mixed]], np.concatenate([train.labels[shown], hidden]))
 
 
 def placed(module: nn.Module, device: torch.device) -> nn.Module:
