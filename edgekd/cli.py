@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from edgekd import __version__
-from edgekd.core.errors import ConfigError, EdgekdError
+from edgekd.core.errors import ConfigError, EdgekdError, os_failure
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -22,6 +20,7 @@ Recipe = Annotated[str, typer.Argument(help="A recipe (`edgekd list recipes`) or
 Targets = Annotated[list[str] | None, typer.Option("--target", "-t", help="Device family; repeat for several.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", "-s", help="Override one value: student.epochs=5.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where results go.")]
+Jetpack = Annotated[str | None, typer.Option(help="Of the device: 4.6, 5.1, 6.0, 6.1, 6.2, 7.0, 7.1 or 7.2.")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="Shrink everything to seconds; the numbers mean nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]
 
@@ -47,6 +46,10 @@ def build(
     set_: Sets = None,
     out: Out = None,
     calib_root: Annotated[Path, typer.Option(help="Where the calibration set is written.")] = Path("calib_data"),
+    jetpack: Jetpack = None,
+    board: Annotated[str | None, typer.Option(help="Of the Jetson: nano, xavier-nx, orin-nano, thor ...")] = None,
+    dla: Annotated[bool | None, typer.Option("--dla", help="Use the Jetson's DLA instead of its GPU.")] = None,
+    bundle: Annotated[bool, typer.Option("--bundle", help="Write a folder to send, for every target.")] = False,
     smoke: Smoke = False,
     json_: Json = False,
 ) -> None:
@@ -54,8 +57,9 @@ def build(
     from edgekd import configuration, pipeline
 
     config = configuration.configured(recipe, tuple(set_ or ()), tuple(target or ()), smoke)
+    config = configuration.on_device(config, jetpack=jetpack, board=board, dla=dla)
     out = out or Path("runs") / config.name
-    record = pipeline.build(config, out, calib_root, command=shlex.join(["edgekd", *sys.argv[1:]]))
+    record = pipeline.build(config, out, calib_root, shlex.join(["edgekd", *sys.argv[1:]]), bundle)
     say(f"report: {out / 'report.html'}")
     emit(json_, pipeline.summary(record), pipeline.headline(record))
 
@@ -110,15 +114,17 @@ def export(
         Path, typer.Option(help="Real network inputs to compare with, .npz or .npy, (N, C, H, W) float32.")
     ],
     classes: Annotated[int, typer.Option(help="How many classes it answers.")],
-    opset: Annotated[int, typer.Option(help="Of ai.onnx.")] = 20,
+    opset: Annotated[int | None, typer.Option(help="Of ai.onnx; 20 if neither this nor a JetPack is given.")] = None,
+    jetpack: Jetpack = None,
     trust: Annotated[bool, typer.Option(help="Read a checkpoint that may run code.")] = False,
     json_: Json = False,
 ) -> None:
     """Write a trained torch network as ONNX, and prove that it answers alike."""
-    from edgekd.stages.carry import export_checkpoint
+    from edgekd.stages.carry import export_checkpoint, opset_for
     from edgekd.stages.export import ExportConfig
 
-    made = export_checkpoint(out, model, checkpoint, images, classes, ExportConfig(opset=opset), trust)
+    config = ExportConfig(opset=opset_for(opset, jetpack))
+    made = export_checkpoint(out, model, checkpoint, images, classes, config, trust)
     emit(json_, facts(made), described(made))
 
 
@@ -282,15 +288,3 @@ def main() -> NoReturn:
 def failed(text: str, code: int) -> int:
     typer.echo(f"error: {text}", err=True)
     return code
-
-
-def os_failure(error: OSError) -> str:
-    """What the system refused, in a sentence; finished steps stay whole whatever it was."""
-    place = f" `{error.filename}`" if error.filename else ""
-    hints = {
-        errno.ENOSPC: "free some space, then run the same command again: it goes on where it stopped",
-        errno.EACCES: "choose a folder that you may write to with --out",
-        errno.EROFS: "choose a folder that can be written to with --out",
-    }
-    reason = (os.strerror(error.errno) if error.errno else str(error)).lower()
-    return f"{reason}{place}\n\nhint: {hints.get(error.errno or 0, 'check the path')}"

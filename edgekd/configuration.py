@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from edgekd.core import plain, plugins
 from edgekd.core.config import read
@@ -15,6 +16,7 @@ from edgekd.core.target import Target
 from edgekd.core.task import Scale, Source
 from edgekd.learn.trainer import TrainConfig
 from edgekd.stages.benchmark import BenchConfig
+from edgekd.stages.bundle import BundleConfig
 from edgekd.stages.calibrate import CalibConfig
 from edgekd.stages.export import ExportConfig
 from edgekd.stages.quantize import QuantizeConfig
@@ -58,10 +60,13 @@ class StudentConfig(Settings):
     seed: int = 0
     labels_per_class: int | None = None  # labelled training images of each class (of a dense task: in all); None: all
     unlabelled: int = 0  # of the other training images, mixed in without their labels
+    labelled_share: float = 0.0  # of an epoch, where there are unlabelled images: labelled ones are repeated up to it
 
     def __post_init__(self) -> None:
         at_least(1, epochs=self.epochs, labels_per_class=self.labels_per_class)
         at_least(0, seed=self.seed, unlabelled=self.unlabelled)
+        if not 0 <= self.labelled_share < 1:
+            raise ConfigError(f"labelled_share is {self.labelled_share}", hint="use a share from 0 to below 1")
         if self.unlabelled and self.labels_per_class is None:
             raise ConfigError(
                 f"unlabelled is {self.unlabelled}, but all images are labelled", hint="set labels_per_class"
@@ -105,6 +110,7 @@ class BuildConfig(Settings):
     calib: CalibConfig = CalibConfig()
     quantize: QuantizeConfig = QuantizeConfig()
     bench: BenchConfig = BenchConfig()
+    bundle: BundleConfig = BundleConfig()
     compare: CompareConfig = CompareConfig()
     more_teachers: tuple[TeacherConfig, ...] = ()  # for methods that learn from several
     scale: Scale | None = None  # of the inputs, where a checkpoint demands it; None: that of the (teacher's) images
@@ -127,6 +133,7 @@ def smoke(config: BuildConfig) -> BuildConfig:
         student=replace(config.student, epochs=4, labels_per_class=None, unlabelled=0),
         calib=replace(config.calib, images=16),
         bench=replace(config.bench, blocks=4, calls=16, warmup_s=0.05, metrics=SMOKE_METRICS),
+        bundle=BundleConfig(images=64, checked=32),
         compare=replace(config.compare, seeds=min(config.compare.seeds, 2)),
     )
 
@@ -139,6 +146,20 @@ def configured(recipe: str, overrides: tuple[str, ...], targets: tuple[str, ...]
         config = replace(config, targets=tuple(settings.get(t) or plugins.load("targets", t)() for t in targets))
     unique((config.student.method, *config.student.baselines))
     return smoke(config) if small else config
+
+
+def on_device(config: BuildConfig, **said: Any) -> BuildConfig:
+    """With what a command line said of the device (None: nothing), in every target that has such settings.
+
+    Raises ConfigError if none has, or if a target refuses it.
+    """
+    given = {name: value for name, value in said.items() if value is not None}
+    fitting = [t for t in config.targets if given.keys() <= {field.name for field in fields(t)}]
+    if given and not fitting:
+        raise ConfigError(
+            f"no target has the setting {', '.join(given)}", hint="name a Jetson: --target jetson; or leave it out"
+        )
+    return replace(config, targets=tuple(replace(t, **given) if t in fitting else t for t in config.targets))
 
 
 def unique(methods: Iterable[Method]) -> list[Method]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -10,37 +11,35 @@ import numpy as np
 
 from edgekd import __version__
 from edgekd.configuration import BuildConfig, unique
-from edgekd.core import plain, plugins, processor
+from edgekd.core import plain, plugins
 from edgekd.core.artifact import File, Weights
 from edgekd.core.errors import ConfigError
-from edgekd.core.ledger import Ledger, code
+from edgekd.core.ledger import Ledger
 from edgekd.core.method import Method
-from edgekd.core.onnx_facts import Exported
 from edgekd.core.record import DataFacts, Record
-from edgekd.core.target import Target
 from edgekd.core.task import SPLITS, Scale, Task
-from edgekd.core.trial import BenchResult, Contestant, Role
+from edgekd.delivery import Material, deliver, export_all, named, readable
 from edgekd.learn.trainer import TrainConfig, resolved
 from edgekd.methods.alone import Alone
-from edgekd.stages.assign import assigned
-from edgekd.stages.benchmark import BenchConfig, benchmark, runner_path
+from edgekd.stages.bundle import place
 from edgekd.stages.calibrate import CalibrationSet, collect
-from edgekd.stages.carry import export_trained
 from edgekd.stages.compare import table
 from edgekd.stages.distill import Course, Trained, adopt, distill
 from edgekd.stages.prepare import exam, prepare
 from edgekd.stages.price import Priced
 from edgekd.stages.publish import Rendered, publish, rendered, replace_files, templates
-from edgekd.stages.quantize import quantize
+from edgekd.stages.words import unmeasured
 
+log = logging.getLogger(__name__)
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")  # whose versions a result depends on
 Family = tuple[Trained, ...]  # what one method makes of one student
 
 
-def build(config: BuildConfig, out: Path, calib_root: Path, command: str) -> Record:
+def build(config: BuildConfig, out: Path, calib_root: Path, command: str, bundles: bool = False) -> Record:
     """From a teacher to a measured INT8 student on every target; what did not change is not made again.
 
-    The report is written to `out`, the calibration set to `calib_root`. Raises EdgekdError.
+    The report is written to `out`, and a bundle for every target that this machine cannot serve, or with `bundles` for
+    all; the calibration set to `calib_root`. Raises EdgekdError.
     """
     ledger = Ledger(out / "steps")
     with ledger.locked():
@@ -50,15 +49,14 @@ def build(config: BuildConfig, out: Path, calib_root: Path, command: str) -> Rec
         replace_files((calib.images, calib.manifest), calib_root / config.name)
         teachers = teach(ledger, config, taught)
         students = teach_students(ledger, config, task, calib, teachers)
-        networks = (teachers[0], *students)
-        exported = {
-            t.weights.name: ledger.step(f"export-{t.weights.name}", Exported, export_trained, t, task, config.export)
-            for t in networks
-        }
-        results = [
-            deliver(ledger, config, name, target, task, calib, inputs, networks, exported)
+        material = Material(task, calib, inputs, (teachers[0], *students))
+        opsets = {readable(config, target) for target in config.targets}
+        exported = {opset: export_all(ledger, config, material, opset) for opset in sorted(opsets)}
+        delivered = {
+            name: deliver(ledger, config, name, target, material, exported[readable(config, target)], bundles)
             for name, target in named(config.targets).items()
-        ]
+        }
+        groups = (*exported.values(), *(d.int8s for d in delivered.values()))
         record = Record(
             name=config.name,
             edgekd=__version__,
@@ -68,12 +66,15 @@ def build(config: BuildConfig, out: Path, calib_root: Path, command: str) -> Rec
             data=data_facts(config, task),
             teacher=teachers[0].weights,
             students=tuple(s.weights for s in students),
-            models=(*(e.single for e in exported.values()), *(int8.single for _, int8s in results for int8 in int8s)),
-            benches=tuple(bench for bench, _ in results),
+            models=tuple(made.single for group in groups for made in group.values()),
+            benches=tuple(d.bench for d in delivered.values()),
             versions={name: version(name) for name in PACKAGES},
             step_seconds=dict(ledger.seconds),
         )
         publish(ledger.given(templates()).step("report", Rendered, rendered, record), out)
+        for name, d in delivered.items():
+            if d.bundle:
+                log.info("bundle: %s", place(d.bundle, out / f"bundle-{name}"))
     return record
 
 
@@ -152,71 +153,13 @@ def teach_students(
 def course(config: BuildConfig, seed: int) -> Course:
     """How every student is taught."""
     c = config.student
-    return Course(c.epochs, ready(c.train), config.data.augment, seed, c.labels_per_class, c.unlabelled)
+    images = (c.labels_per_class, c.unlabelled, c.labelled_share)
+    return Course(c.epochs, ready(c.train), config.data.augment, seed, *images)
 
 
 def pricing(config: BuildConfig, method: Method, calib: CalibrationSet) -> Priced | None:
     """What measures latencies for a method that asks for them: the first target."""
     return Priced(config.targets[0], calib, config.export, config.quantize) if method.priced else None
-
-
-def named(targets: tuple[Target, ...]) -> dict[str, Target]:
-    """Every target by its name, or what tells it from its like. Raises ConfigError for one that is there twice."""
-    names = [plugins.name_of(t) for t in targets]
-    labels = [f"{n}-{t.threads}t" if names.count(n) > 1 else n for n, t in zip(names, targets, strict=True)]
-    if len(set(labels)) < len(labels):
-        raise ConfigError(f"a target is there twice: {', '.join(labels)}", hint="keep one, or give it other threads")
-    return dict(zip(labels, targets, strict=True))
-
-
-def deliver(
-    ledger: Ledger,
-    config: BuildConfig,
-    name: str,
-    target: Target,
-    task: Task,
-    calib: CalibrationSet,
-    inputs: File,
-    networks: tuple[Trained, ...],
-    exported: dict[str, Exported],
-) -> tuple[BenchResult, list[Exported]]:
-    """Quantize the chosen method's students for one target, and measure them against everything else."""
-    chosen = [t.weights.name for t in networks[1:] if t.weights.method == plugins.name_of(config.student.method)]
-    int8s = {
-        n: ledger.step(
-            f"quantize-{n}-{name}", Exported, quantize, exported[n], calib.images, target.dialect, config.quantize
-        )
-        for n in chosen
-    }
-    contestants = []
-    for trained in networks:
-        n, method = trained.weights.name, trained.weights.method
-        role: Role = "teacher" if trained is networks[0] else "student" if n in int8s else "baseline"
-        knows = trained.classes == task.classes
-        contestants.append(contestant(role, method, exported[n], knows))
-        if n in int8s:
-            contestants.append(contestant(role, method, int8s[n], knows))
-    reference = next(c.name for c in contestants if c.role == "student")
-    bench = ledger.given(circumstances(target, config.bench)).step(
-        f"bench-{name}",
-        BenchResult,
-        benchmark,
-        tuple(contestants),
-        name,
-        replace(target, budget_ms=None),
-        inputs,
-        task.test.labels,
-        reference,
-        config.bench,
-    )
-    accuracy = {f"{t.weights.name} int8": t.weights.valid_accuracy or 0.0 for t in networks[1:]}
-    return assigned(bench, target.budget_ms, accuracy), list(int8s.values())
-
-
-def contestant(role: Role, method: str, model: Exported, knows: bool) -> Contestant:
-    single = model.single
-    name = f"{single.name.removesuffix('-int8')} {single.precision}"
-    return Contestant(name, role, method, single.precision, single.file, single.macs, single.parameters, knows)
 
 
 def ready(config: TrainConfig) -> TrainConfig:
@@ -238,17 +181,6 @@ def data_facts(config: BuildConfig, task: Task) -> DataFacts:
     )
 
 
-def circumstances(target: Target, config: BenchConfig) -> dict[str, object]:
-    """What a measurement depends on beside its arguments: another machine, runtime, runner or metric measures anew."""
-    return {
-        "missing": target.missing(),
-        "runtime": None if target.missing() else version(target.runtime),
-        "processor": processor.name(),
-        "runner": File.of(runner_path()),
-        "metrics": {name: code(plugins.places("metrics")[name]) for name in config.metrics},
-    }
-
-
 def summary(record: Record) -> dict[str, object]:
     """What a machine wants to know of a build."""
     return {
@@ -268,5 +200,5 @@ def summary(record: Record) -> dict[str, object]:
 def headline(record: Record) -> str:
     """What a person wants to know of a build: the comparison on every target."""
     return "\n\n".join(
-        f"{b.target}: not measured: {b.not_measured}" if b.not_measured else table(b) for b in record.benches
+        f"{b.target}: {unmeasured(b.not_measured)}" if b.not_measured else table(b) for b in record.benches
     )

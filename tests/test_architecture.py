@@ -20,6 +20,7 @@ RANK = {
     "stages": 3,
     "recipes": 4,
     "configuration": 4,
+    "delivery": 5,
     "pipeline": 5,
     "comparison": 5,
     "cli": 6,
@@ -28,7 +29,7 @@ RANK = {
 PLUGINS = {"methods", "targets", "metrics", "models", "data"}
 TORCH_FREE = ["core.ledger", "core.plain", "core.method", "core.config", "core.onnx_facts", "targets.cpu"]
 TORCH_FREE += ["metrics.p99_ms", "stages.benchmark", "stages.report", "stages.quantize", "stages.compare"]
-TORCH_FREE += ["stages.doctor", "stages.calibrate", "cli"]
+TORCH_FREE += ["targets.jetson", "targets.tensorrt", "stages.bundle", "stages.doctor", "stages.calibrate", "cli"]
 
 
 def layer(dotted):

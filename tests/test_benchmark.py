@@ -22,9 +22,10 @@ from edgekd.core.errors import ConfigError, DataError, EdgekdError, StaleArtifac
 from edgekd.core.trial import BenchResult, Contestant, Interval, Trial
 from edgekd.metrics._percentile import nearest_rank
 from edgekd.stages import benchmark as stage
-from edgekd.stages import statistics
+from edgekd.stages import lineup, statistics
 from edgekd.stages.benchmark import BenchConfig, answer, benchmark, noise
 from edgekd.targets.cpu import Cpu
+from edgekd.targets.openvino import OpenVino
 
 SHAPE = (3, 8, 8)
 QUICK = BenchConfig(blocks=4, calls=5, warmup_s=0.05, metrics=("top1", "agreement", "min_ms", "p50_ms"))
@@ -393,11 +394,29 @@ def test_an_int8_file_is_compared_with_the_float_file_of_its_own_method() -> Non
     int8 = contestant("kpn int8", nowhere, method="kpn", precision="int8")
     orphan = contestant("dkd int8", nowhere, method="dkd", precision="int8")
     all_of_them = (mine, other, int8, orphan)
-    assert [stage.original(c, all_of_them, "kd fp32") for c in all_of_them] == [None, None, 1, 0]
+    assert [lineup.original(c, all_of_them, "kd fp32") for c in all_of_them] == [None, None, 1, 0]
     family = (*all_of_them, contestant("kpn wide fp32", nowhere, method="kpn"))
-    assert stage.original(int8, family, "kd fp32") == 1, "its own name decides within a family"
+    assert lineup.original(int8, family, "kd fp32") == 1, "its own name decides within a family"
     odd = contestant("kpn small int8", nowhere, method="kpn", precision="int8")
-    assert stage.original(odd, family, "kd fp32") is None, "it could come from either"
+    assert lineup.original(odd, family, "kd fp32") is None, "it could come from either"
+
+
+def test_float_files_stand_once_for_every_precision_that_a_target_computes_in() -> None:
+    teacher, student = (contestant(f"{name} fp32", File(Path(f"{name}.onnx"), name)) for name in ("teacher", "kd"))
+    int8 = contestant("kd int8", File(Path("kd-int8.onnx"), "kd-int8"), precision="int8")
+    assert lineup.computed((teacher, student, int8), Cpu()) == (teacher, student, int8)
+    rows = lineup.computed((teacher, student, int8), OpenVino())
+    assert [(c.name, c.floats) for c in rows] == [
+        ("teacher fp32", "fp32"),
+        ("teacher fp32 (default precision)", "default"),
+        ("kd fp32", "fp32"),
+        ("kd fp32 (default precision)", "default"),
+        ("kd int8", "fp32"),
+    ]
+    assert [lineup.original(c, rows, "kd fp32") for c in rows] == [None, 0, None, 2, 2]
+    renamed = replace(int8, name="small int8")
+    assert lineup.original(renamed, rows, "teacher fp32") is None, "two float files share its role and method"
+    assert lineup.original(renamed, rows[2:], "kd fp32") == 0, "the two rows of one file are no doubt"
 
 
 def test_measuring_and_its_metrics_work_without_torch(exam: tuple[File, File], tmp_path: Path) -> None:

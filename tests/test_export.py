@@ -13,7 +13,9 @@ from torch import nn
 from edgekd.core import onnx_facts, onnx_files
 from edgekd.core.errors import ConfigError, ExportError, ModelError, ParityError
 from edgekd.models.resnet import CifarResNet
-from edgekd.stages.export import ExportConfig, check_folded, check_form, compare, export
+from edgekd.stages.carry import opset_for
+from edgekd.stages.export import ExportConfig, check_folded, check_form, compare, export, highest_ir
+from edgekd.targets._jetpack import table
 
 
 def digits(count=24):
@@ -149,6 +151,59 @@ def test_networks_that_compute_with_the_batch_size_export_too(tmp_path):
     assert "Shape" not in onnx_facts.facts(made.single.file.path).nodes  # constant, for one image
 
 
+# old opsets
+
+
+@pytest.fixture(scope="module")
+def old(network, tmp_path_factory):
+    """Exports for TensorRT 8.2 and for 8.5, by opset."""
+    made = {}
+    for opset in (13, 17):
+        out = tmp_path_factory.mktemp(f"opset{opset}")
+        made[opset] = export(out, "student", network, digits(), (10,), ExportConfig(opset=opset), {"mean": "[0.3]"})
+    return made
+
+
+@pytest.mark.parametrize(("opset", "ir"), [(13, 7), (17, 8)])
+def test_an_old_opset_is_what_was_asked_for_and_answers_like_torch(old, network, opset, ir):
+    want = torch_answers(network, digits())
+    for model, batch in ((old[opset].single, 1), (old[opset].dynamic, 0)):
+        assert (model.opset, model.ir, model.input.shape) == (opset, ir, (batch, 1, 16, 16))
+        found = onnx_facts.check(model.file.path)
+        assert found.domains == ("",) and "BatchNormalization" not in found.nodes
+        assert compare(model.file.path, digits(), want, 1e-4) < 1e-4
+
+
+def test_an_old_opset_has_the_same_network(old, exported):
+    for made in old.values():
+        assert (made.single.macs, made.single.parameters) == (exported.single.macs, exported.single.parameters)
+        names = [{n.output[0] for n in onnx.load(m.file.path).graph.node} for m in (made.single, made.dynamic)]
+        assert names[0] == names[1]
+
+
+def test_equal_networks_give_equal_bytes_at_an_old_opset(old, network, tmp_path):
+    again = export(tmp_path, "student", network, digits(), (10,), ExportConfig(opset=13), {"mean": "[0.3]"})
+    assert again.single.file.sha256 == old[13].single.file.sha256
+    assert again.dynamic.file.sha256 == old[13].dynamic.file.sha256
+
+
+def test_networks_that_compute_with_the_batch_size_export_to_an_old_opset_too(tmp_path, capfd):
+    torch.manual_seed(0)
+    made = export(tmp_path, "awkward", Awkward(), digits(6), (10,), ExportConfig(opset=13))
+    assert "Shape" not in onnx_facts.facts(made.single.file.path).nodes
+    assert capfd.readouterr() == ("", "")
+
+
+def test_every_jetpack_loads_what_is_exported_for_it():
+    for row in table().jetpacks:
+        opset = opset_for(None, row.version)
+        assert row.opset[0] <= opset <= row.opset[1] and highest_ir(opset) <= row.ir
+    assert [opset_for(None, v) for v in ("4.6", "5.1", "6.2", "7.2")] == [13, 17, 20, 20]
+    assert (opset_for(None, None), opset_for(18, None)) == (20, 18)
+    with pytest.raises(ConfigError, match="a JetPack has its own opset"):
+        opset_for(13, "4.6")
+
+
 # what stops it
 
 
@@ -163,9 +218,23 @@ def test_answers_that_are_no_numbers_are_a_parity_error(exported):
         compare(exported.single.file.path, digits(2), np.full((2, 10), np.nan, np.float32), 1e-4)
 
 
-def test_refuses_an_opset_that_the_exporter_would_silently_raise():
-    with pytest.raises(ConfigError, match=r"opset is 17, but torch's exporter writes 18 or more"):
-        ExportConfig(opset=17)
+def test_refuses_an_opset_that_int8_cannot_have():
+    with pytest.raises(ConfigError, match=r"opset is 12, but INT8 with a scale per channel needs 13 or more"):
+        ExportConfig(opset=12)
+
+
+def test_an_ir_version_that_old_runtimes_do_not_read_stops_the_export(old, tmp_path):
+    model = onnx.load(old[13].single.file.path)
+    model.ir_version = 8
+    onnx.save(model, tmp_path / "new.onnx")
+    with pytest.raises(ExportError, match="`new.onnx` has IR version 8, but runtimes of opset 13 may read no more"):
+        check_form(onnx_facts.check(tmp_path / "new.onnx"), tmp_path / "new.onnx", (1, 1, 16, 16), (1, 10), 13)
+
+
+@pytest.mark.parametrize("opset", [13, 17, 20])
+def test_a_branch_that_a_trace_would_lose_is_refused_at_every_opset(opset, tmp_path):
+    with pytest.raises(ExportError, match="torch cannot export `Branching` to ONNX: .*data-dependent"):
+        export(tmp_path, "branching", Branching(), digits(4), (1,), ExportConfig(opset=opset))
 
 
 def test_an_opset_other_than_asked_stops_the_export(exported):

@@ -118,7 +118,7 @@ def record(tmp_path: Path) -> Record:
         target="cpu",
         not_measured="",
         machine=Machine("Fast & Cool CPU @ 2.40GHz", ("avx2", "avx512_vnni"), 2, 23.4, "Linux 6.1", "3.11.7"),
-        runtime=Runtime("onnxruntime", "1.31.0", 1, "fp32"),
+        runtime=Runtime("onnxruntime", "1.31.0", 1),
         protocol={
             "batch": 1,
             "blocks": 30,

@@ -133,7 +133,7 @@ class OpenVino:
             "PERFORMANCE_HINT": job.get("hint", "latency").upper(),
             "INFERENCE_NUM_THREADS": job["threads"],
         }
-        if model.get("precision", "fp32") == "fp32":  # processors with bf16 do not compute in it by themselves
+        if model.get("precision", "fp32") == "fp32":  # else processors that have bf16 compute in that
             self.options["INFERENCE_PRECISION_HINT"] = "f32"
         try:
             self.core = openvino.Core()
@@ -184,8 +184,12 @@ class OpenVino:
         precision = self.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         found = {"precision": self.precisions.get(precision, precision), "compile_ms": self.compile_ms}
         with tempfile.TemporaryDirectory() as folder:
-            self.compile(folder)
-            compiled, took_ms = self.compile(folder)
+            try:
+                self.compile(folder)
+                compiled, took_ms = self.compile(folder)
+            except self.errors as error:
+                where = "openvino keeps no compiled model in `%s`: %s" % (folder, root_cause(error))
+                raise Problem(where, "free some space there, or set TMPDIR to another folder", 1)
             if compiled.get_property("LOADED_FROM_CACHE"):
                 found["cached_compile_ms"] = took_ms
         return found

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 
 class EdgekdError(Exception):
     """An error that edgekd raises on purpose. `edgekd` exits with `exit_code`."""
@@ -56,3 +59,15 @@ class StaleArtifact(EdgekdError):
 
 class Busy(EdgekdError):
     """Another build is running in the same output folder."""
+
+
+def os_failure(error: OSError) -> str:
+    """What the system refused, in a sentence; finished steps stay whole whatever it was."""
+    place = f" `{error.filename}`" if error.filename else ""
+    hints = {
+        errno.ENOSPC: "free some space, then run the same command again: it goes on where it stopped",
+        errno.EACCES: "choose a folder that you may write to with --out",
+        errno.EROFS: "choose a folder that can be written to with --out",
+    }
+    reason = (os.strerror(error.errno) if error.errno else str(error)).lower()
+    return f"{reason}{place}\n\nhint: {hints.get(error.errno or 0, 'check the path')}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
+from edgekd.core.artifact import Floats
 from edgekd.core.errors import ConfigError
 from edgekd.core.settings import Plugin
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 
 Form = Literal["integers", "pairs", "cache"]
+Engine = Literal["fp32", "fp16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,21 @@ class Dialect:
 
 
 @dataclass(frozen=True)
+class Delivery:
+    """What a device of a target is sent, and what it builds from it."""
+
+    engines: tuple[Engine, ...] = ("fp32", "int8")  # of a student, in the order of a comparison
+    opset: int | None = None  # the highest that its runtime reads; None: as high as this machine's
+    typed: bool = False  # precisions stand in the files, FP16 too (TensorRT: strongly typed networks)
+    dla: int | None = None  # the DLA core that engines run on
+    jetpack: str | None = None
+    board: str | None = None
+    tensorrt: str | None = None
+    why: tuple[str, ...] = ()  # reasons of this plan, in sentences without a full stop
+    instead: tuple[str, ...] = ()  # what is done where something cannot be had
+
+
+@dataclass(frozen=True)
 class Target(Plugin, ABC):
     """A device family, with the settings for it."""
 
@@ -62,6 +79,26 @@ class Target(Plugin, ABC):
     @abstractmethod
     def runtime(self) -> str:
         """The runner's name of the runtime: `onnxruntime`."""
+
+    @property
+    def floats(self) -> tuple[Floats, ...]:
+        """What float operations are computed in: float files are measured in each of them, INT8 files in the first."""
+        return ("fp32",)
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What a job of the runner says beside the runtime and its threads."""
+        return {}
+
+    @property
+    def trait(self) -> str:
+        """What tells it from another target of its kind."""
+        return f"{self.threads}t"
+
+    @property
+    def delivery(self) -> Delivery:
+        """What goes into a bundle for it."""
+        return Delivery()
 
 
 class Pricing(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from edgekd.core.artifact import File, Precision
+from edgekd.core.artifact import File, Floats, Precision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +25,7 @@ class Contestant:
     macs: int
     parameters: int
     knows: bool = True  # it answers for the classes of the labels; a teacher of another task does not
+    floats: Floats = "fp32"  # what the runtime is asked to compute its float operations in
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,6 @@ class Runtime:
     name: str
     version: str
     threads: int
-    precision: str  # in force for float operations
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ class Measurement:
     readings: dict[str, float]  # metric name -> value: top1, agreement (percent), p50_ms, p90_ms, p99_ms ...
     speedup: Interval | None  # teacher's median latency over this one's; None for the teacher
     verdict: str  # in words: "4.1 times faster (4.0-4.2)", "no measurable difference"
+    floats: str = ""  # the precision of its float operations, as read back: fp32, bf16; empty: unknown
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,17 +17,20 @@ from typing import Any
 import numpy as np
 
 from edgekd.core import plugins
-from edgekd.core.artifact import File
-from edgekd.core.errors import ConfigError, DataError, EdgekdError, StaleArtifact
+from edgekd.core.artifact import File, Floats
+from edgekd.core.errors import ConfigError, EdgekdError, StaleArtifact
 from edgekd.core.files import save_array
 from edgekd.core.progress import bar
 from edgekd.core.settings import Settings
 from edgekd.core.target import Target
 from edgekd.core.trial import BenchResult, Contestant, Machine, Measurement, Metric, Runtime, Trial
 from edgekd.stages import statistics
+from edgekd.stages.lineup import check, computed, linked, original
 
 WARMUP_CALLS = 50
 SCOPE = "one image per call, from Python, with the runtime's own copies; no pre- or post-processing"
+RUNTIME = ("name", "version", "threads")  # what is told of every runtime; other facts are its own
+STARTS = ("load", "compile", "cached_compile", "first")  # times of a model before its second call
 METRICS = ("top1", "agreement", "delta1", "rmse", "deviation", "min_ms", "p50_ms", "p90_ms", "p99_ms", "mean_ms")
 
 
@@ -70,10 +71,12 @@ def answer(out: Path, model: File, target: Target, inputs: File) -> File:
     return answers(out, {model.path.name: model}, target, inputs)[0]
 
 
-def answers(out: Path, models: dict[str, File], target: Target, inputs: File) -> list[File]:
+def answers(
+    out: Path, models: dict[str, File], target: Target, inputs: File, floats: Mapping[str, Floats] | None = None
+) -> list[File]:
     """`answer` for several models, in one process; messages call them by their keys."""
     total = len(np.load(inputs.path, mmap_mode="r")) * len(models)
-    run("answer", out, job(models, target, inputs), f"answers on {target.runtime}", total)
+    run("answer", out, job(models, target, inputs, floats=floats), f"answers on {target.runtime}", total)
     return [File.of(out / f"logits-{index}.npy") for index in range(len(models))]
 
 
@@ -89,6 +92,7 @@ def benchmark(
 ) -> BenchResult:
     """Compare the contestants on one target; the baseline is the first teacher, or else the first of them.
 
+    A float file is measured in every precision that the target computes floats in, each a contestant of its own.
     `inputs` is .npy, (N, C, H, W) float32, of test data; `labels` is .npy, (N,) int64. Without labels only the latency
     is taken. `reference` names the float file that agreement is measured against. Files of the contestants are
     linked into `out`, so that the result stands beside what it was measured on.
@@ -99,13 +103,17 @@ def benchmark(
     if reason:
         return BenchResult(target_name, reason, None, None, protocol, None, (), (), None, started, 0.0)
     check(contestants, inputs, labels, reference)
+    contestants = computed(contestants, target)
     models = {c.name: c.file for c in contestants}
+    floats = {c.name: c.floats for c in contestants}
     logits = [np.zeros((0, 0), np.float32)] * len(contestants)
     if labels is not None:
-        logits = [np.load(file.path) for file in answers(out / "answers", models, target, inputs)]
+        logits = [np.load(file.path) for file in answers(out / "answers", models, target, inputs, floats)]
     base = next((i for i, c in enumerate(contestants) if c.role == "teacher"), 0)
-    timed = models | {f"{contestants[base].name} again": contestants[base].file}
-    result = run("bench", out, job(timed, target, inputs, config), f"bench on {target_name}", config.blocks)
+    again = f"{contestants[base].name} again"
+    timed = models | {again: contestants[base].file}
+    asked = job(timed, target, inputs, config, floats | {again: contestants[base].floats})
+    result = run("bench", out, asked, f"bench on {target_name}", config.blocks)
     same_files(timed, result)
     samples = File.of(out / "samples.npz")
     ns = nanoseconds(samples, len(timed), config.blocks)
@@ -116,15 +124,16 @@ def benchmark(
         speedup = None if index == base else statistics.ratio(ns[base], ns[index], config.seed)
         verdict = statistics.verdict(speedup, aa) if speedup else ""
         kept = replace(contestant, file=linked(out, index, contestant))
-        measurements.append(Measurement(kept, readings(seen[index], config.metrics), speedup, verdict))
+        in_force = result["models"][index]["precision"]
+        measurements.append(Measurement(kept, readings(seen[index], config.metrics), speedup, verdict, in_force))
     return BenchResult(
         target=target_name,
         not_measured="",
         machine=machine(result["machine"]),
-        runtime=Runtime(**{key: result["runtime"][key] for key in ("name", "version", "threads", "precision")}),
+        runtime=Runtime(**{key: result["runtime"][key] for key in RUNTIME}),
         protocol=protocol | read_back(result),
         aa=aa,
-        warnings=statistics.doubts(aa, dict(zip(timed, ns, strict=True)), result),
+        warnings=(*statistics.doubts(aa, dict(zip(timed, ns, strict=True)), result), *fewer(target, result)),
         measurements=tuple(measurements),
         samples=samples,
         started=started,
@@ -132,19 +141,10 @@ def benchmark(
     )
 
 
-def check(contestants: tuple[Contestant, ...], inputs: File, labels: File | None, reference: str) -> None:
-    names = [c.name for c in contestants]
-    if not names:
-        raise ConfigError("there is nothing to measure", hint="give at least one model")
-    if len(set(names)) < len(names):
-        raise ConfigError(f"contestants share a name: {', '.join(names)}", hint="give each its own")
-    if labels is None:
-        return
-    if reference not in names:
-        raise plugins.unknown(f"the reference `{reference}` is not a contestant", reference, names)
-    images, answers = len(np.load(inputs.path, mmap_mode="r")), len(np.load(labels.path))
-    if images != answers:
-        raise DataError(f"there are {images} inputs and {answers} labels", hint="give one label for each input")
+def fewer(target: Target, result: dict[str, Any]) -> list[str]:
+    """What to say where a runtime took other threads than it was asked for: it may see fewer cores."""
+    taken = result["runtime"]["threads"]
+    return [] if taken == target.threads else [f"threads: {target.threads} were asked for, {taken} in force"]
 
 
 def same_files(models: dict[str, File], result: dict[str, Any]) -> None:
@@ -152,18 +152,6 @@ def same_files(models: dict[str, File], result: dict[str, Any]) -> None:
     for file, ran in zip(models.values(), result["models"], strict=True):
         if ran["sha256"] != file.sha256:
             raise StaleArtifact(f"`{file.path}` changed since it was recorded", hint="make it again, then measure")
-
-
-def linked(out: Path, index: int, contestant: Contestant) -> File:
-    """The contestant's file under a name of its own in `out`; a copy where the disk cannot link."""
-    plain_name = re.sub(r"[^a-z0-9.]+", "-", contestant.name.lower()).strip("-")
-    path = out / f"{index}-{plain_name}{contestant.file.path.suffix}"
-    path.unlink(missing_ok=True)
-    try:
-        os.link(contestant.file.path, path)
-    except OSError:
-        shutil.copyfile(contestant.file.path, path)
-    return File.checked(path, contestant.file.sha256)
 
 
 def trials(
@@ -182,22 +170,6 @@ def trials(
         block = np.repeat(np.arange(len(ns[index])), ns[index].shape[1])
         seen.append(Trial(ns[index].ravel(), block, logits[index], compared, truth if contestant.knows else truth[:0]))
     return seen
-
-
-def original(contestant: Contestant, contestants: tuple[Contestant, ...], reference: str) -> int | None:
-    """The float file that an INT8 one came from: of its name, or of its role and method, or else `reference`.
-
-    None for float files, for which agreement says nothing, and where several could be meant.
-    """
-    if contestant.precision != "int8":
-        return None
-    names = [c.name for c in contestants]
-    if (twin := f"{contestant.name.removesuffix('int8')}fp32") in names:
-        return names.index(twin)
-    kin = (contestant.role, contestant.method, "fp32")
-    found = [i for i, c in enumerate(contestants) if (c.role, c.method, c.precision) == kin]
-    found = found or [i for i, c in enumerate(contestants) if c.name == reference]
-    return found[0] if len(found) == 1 else None
 
 
 def nanoseconds(samples: File, models: int, blocks: int) -> list[np.ndarray]:
@@ -219,9 +191,9 @@ def read_back(result: dict[str, Any]) -> dict[str, Any]:
         "warmup_calls": result["protocol"]["warmup_calls"],
         "percentiles": "nearest rank",
         "intervals": f"95 %, bootstrap of paired blocks, {statistics.RESAMPLES} resamples",
-        "runtime": {key: result["runtime"][key] for key in ("providers", "graph_optimisation", "spinning")},
+        "runtime": {key: value for key, value in result["runtime"].items() if key not in RUNTIME},
         "conditions": result["conditions"] | {k: result["machine"][k] for k in ("affinity", "cpu_quota", "governor")},
-        "cold_start_ms": {m["name"]: {"load": m["load_ms"], "first": m["first_ms"]} for m in result["models"]},
+        "cold_start_ms": {m["name"]: {k: m[f"{k}_ms"] for k in STARTS if f"{k}_ms" in m} for m in result["models"]},
     }
 
 
@@ -241,12 +213,25 @@ def noise(out: Path, shape: tuple[int, ...], seed: int, count: int = 64) -> File
     return File.of(out / "noise.npy")
 
 
-def job(models: dict[str, File], target: Target, inputs: File, config: BenchConfig | None = None) -> dict[str, Any]:
-    """What the runner is asked to do; with a protocol when calls are to be timed."""
+def job(
+    models: dict[str, File],
+    target: Target,
+    inputs: File,
+    config: BenchConfig | None = None,
+    floats: Mapping[str, Floats] | None = None,
+) -> dict[str, Any]:
+    """What the runner is asked to do; with a protocol when calls are to be timed.
+
+    `floats` says of models what their float operations are computed in; of the others, it is the target's first.
+    """
+    chosen = dict.fromkeys(models, target.floats[0]) | dict(floats or {})
     asked: dict[str, Any] = {
         "runtime": target.runtime,
         "threads": target.threads,
-        "models": [{"name": name, "path": str(file.path.resolve())} for name, file in models.items()],
+        **target.options,
+        "models": [
+            {"name": name, "path": str(file.path.resolve()), "precision": chosen[name]} for name, file in models.items()
+        ],
         "inputs": str(inputs.path.resolve()),
     }
     if config:

@@ -17,6 +17,7 @@ from edgekd.learn import weights
 from edgekd.stages.calibrate import load_calibration
 from edgekd.stages.distill import Trained
 from edgekd.stages.export import ExportConfig, export
+from edgekd.targets import _jetpack
 
 
 def export_trained(out: Path, trained: Trained, task: Task, config: ExportConfig) -> Exported:
@@ -46,6 +47,16 @@ def export_checkpoint(
         made = export(Path(folder), out.stem, built, inputs, (classes,), config).single
         made.file.path.replace(out)
     return replace(made, file=File.of(out))
+
+
+def opset_for(opset: int | None, jetpack: str | None) -> int:
+    """The opset to export with: as said, or the highest up to the usual one that TensorRT of a JetPack reads."""
+    usual = ExportConfig().opset
+    if jetpack is None:
+        return usual if opset is None else opset
+    if opset is not None:
+        raise ConfigError("a JetPack has its own opset", hint="give --opset or --jetpack, not both")
+    return min(usual, _jetpack.jetpack(jetpack).opset[1])
 
 
 def described(text: str) -> Model:

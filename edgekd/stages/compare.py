@@ -109,10 +109,10 @@ def true_classes(labels: Path, inputs: File, contestants: tuple[Contestant, ...]
 def table(result: BenchResult) -> str:
     """A comparison for a terminal, with its machine."""
     names = list(dict.fromkeys(name for m in result.measurements for name in m.readings))
-    rows = [["model", "precision", *names, "compared with the first"]]
+    rows = [["model", "precision", "floats in", *names, "compared with the first"]]
     for m in result.measurements:
         cells = [f"{m.readings[n]:.4g}" if n in m.readings else "-" for n in names]
-        rows.append([m.contestant.name, m.contestant.precision, *cells, m.verdict or "-"])
+        rows.append([m.contestant.name, m.contestant.precision, m.floats or "-", *cells, m.verdict or "-"])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     machine, runtime = result.machine, result.runtime

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from edgekd.core import onnx_facts, onnx_files
@@ -19,11 +20,11 @@ from edgekd.core.settings import Settings
 if TYPE_CHECKING:
     import numpy as np
     import onnx
-    from torch import nn
+    from torch import Tensor, nn
 
 INPUT, OUTPUT = "image", "logits"
-LOWEST_OPSET = 18  # torch's exporter writes no less, and keeps 18 with a mere warning when asked to
-HIGHEST_IR = 10  # what onnxruntime 1.18 to 1.20 still load
+LOWEST_OPSET = 13  # below, Q/DQ nodes have no scale per channel; the oldest Jetsons (TensorRT 8.2) read 13
+PROGRAM_OPSET = 18  # below, torch's exporter of programs keeps 18 with a mere warning, and its older one is needed
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class ExportConfig(Settings):
     def __post_init__(self) -> None:
         if self.opset < LOWEST_OPSET:
             raise ConfigError(
-                f"opset is {self.opset}, but torch's exporter writes {LOWEST_OPSET} or more",
-                hint=f"use {LOWEST_OPSET} or more; 20 is what TensorRT 10 and onnxruntime 1.18 read",
+                f"opset is {self.opset}, but INT8 with a scale per channel needs {LOWEST_OPSET} or more",
+                hint="use 20, which TensorRT 10 and onnxruntime 1.18 read; 17 for TensorRT 8.5, 13 for 8.2",
             )
         if not 0 < self.tolerance < 1:
             raise ConfigError(f"tolerance is {self.tolerance}", hint="use a share between 0 and 1, such as 1e-4")
@@ -82,7 +83,7 @@ def export(
         )
     want = logits.numpy()
     single, dynamic = out / f"{name}.onnx", out / f"{name}-dynamic.onnx"
-    model = translate(plain, images, config.opset)
+    model = translate(plain, images, config.opset, want.shape[1:])
     onnx_files.write(model, dynamic, metadata or {})
     onnx_files.write(with_batch_of_one(model), single, metadata or {})
     for path, batch in ((single, 1), (dynamic, 0)):
@@ -93,7 +94,7 @@ def export(
     return Exported(alone, onnx_facts.described(dynamic, f"{name}-dynamic", alone.macs))
 
 
-def translate(network: nn.Module, images: np.ndarray, opset: int) -> onnx.ModelProto:
+def translate(network: nn.Module, images: np.ndarray, opset: int, answer: tuple[int, ...]) -> onnx.ModelProto:
     """The network with a dynamic batch, as torch's exporter wrote it. Raises ExportError with the exporter's cause."""
     import torch
 
@@ -101,15 +102,8 @@ def translate(network: nn.Module, images: np.ndarray, opset: int) -> onnx.ModelP
     probe = torch.cat([first, first])  # two: a batch of one would be taken for a constant
     try:
         with hushed():
-            program = torch.onnx.export(
-                network,
-                (probe,),
-                dynamo=True,
-                verbose=False,
-                opset_version=opset,
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+            return (
+                programmed(network, probe, opset) if opset >= PROGRAM_OPSET else traced(network, probe, opset, answer)
             )
     except (RuntimeError, TypeError, ValueError) as error:  # NotImplementedError is a RuntimeError
         root: BaseException = error
@@ -120,9 +114,53 @@ def translate(network: nn.Module, images: np.ndarray, opset: int) -> onnx.ModelP
             f"torch cannot export `{type(network).__name__}` to ONNX: {cause}",
             hint="forward() must take one image batch and have no branch that depends on the values of tensors",
         ) from error
+
+
+def programmed(network: nn.Module, probe: Tensor, opset: int) -> onnx.ModelProto:
+    """By way of torch.export."""
+    import torch
+
+    program = torch.onnx.export(
+        network,
+        (probe,),
+        dynamo=True,
+        verbose=False,
+        opset_version=opset,
+        input_names=[INPUT],
+        output_names=[OUTPUT],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )
     if program is None:  # only older exporters
         raise ExportError("torch's exporter returned nothing", hint="install torch 2.6 or newer")
     return program.model_proto
+
+
+def traced(network: nn.Module, probe: Tensor, opset: int, answer: tuple[int, ...]) -> onnx.ModelProto:
+    """By way of TorchScript, torch's only exporter below opset 18; `answer` is the shape of the answer to one image.
+
+    A trace loses branches without a word, so torch.export must accept the network, too.
+    """
+    import onnx
+    import torch
+
+    torch.export.export(network, (probe,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    with TemporaryDirectory(prefix="edgekd-") as folder:
+        torch.onnx.export(
+            network,
+            (probe,),
+            f"{folder}/traced.onnx",
+            dynamo=False,
+            opset_version=opset,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
+        )
+        model = onnx.load(f"{folder}/traced.onnx")
+    for value in model.graph.output:  # the exporter leaves sizes open that it computes
+        shape = [onnx.TensorShapeProto.Dimension(dim_value=size) for size in answer]
+        del value.type.tensor_type.shape.dim[1:]
+        value.type.tensor_type.shape.dim.extend(shape)
+    return model
 
 
 @contextmanager
@@ -169,11 +207,16 @@ def check_form(found: OnnxFacts, path: Path, entering: tuple[int, ...], leaving:
                 f"`{path.name}` has {what} {got}, not {asked}",
                 hint="torch's exporter could not do as asked; try another `export.opset`",
             )
-    if found.ir > HIGHEST_IR:
+    if found.ir > (limit := highest_ir(opset)):
         raise ExportError(
-            f"`{path.name}` has IR version {found.ir}, but runtimes on boards read up to {HIGHEST_IR}",
+            f"`{path.name}` has IR version {found.ir}, but runtimes of opset {opset} may read no more than {limit}",
             hint="lower `export.opset`",
         )
+
+
+def highest_ir(opset: int) -> int:
+    """What runtimes load that read no higher opset: onnxruntime 1.10 with JetPack 4.6, 1.16 with 5.1, 1.18 to 1.20."""
+    return 7 if opset < 15 else 8 if opset < PROGRAM_OPSET else 10
 
 
 def check_folded(path: Path) -> None:

@@ -45,11 +45,12 @@ def table(bench: BenchResult, percent: Callable[[float], str]) -> tuple[list[tup
     names = list(dict.fromkeys(name for m in bench.measurements for name in m.readings))
     accuracy = [name for name in PERCENT if name in names]
     others = [name for name in names if name not in PERCENT]
-    heads: list[tuple[str, str]] = [("model", ""), ("taught by", ""), ("precision", "")]
+    heads: list[tuple[str, str]] = [("model", ""), ("taught by", ""), ("precision", ""), ("floats in", "")]
     columns: list[list[Cell]] = [
         [Cell(m.contestant.name) for m in bench.measurements],
         [Cell(m.contestant.method or "–") for m in bench.measurements],
         [Cell(m.contestant.precision.upper()) for m in bench.measurements],
+        [Cell(m.floats.upper() or "–") for m in bench.measurements],
     ]
 
     def add(key: str, head: str, unit: str, values: list[Any], show: Callable[[Any], str]) -> None:

@@ -124,7 +124,7 @@ def render(template: str, record: Record, files: list[dict[str, Any]]) -> str:
     )
     percent = partial(words.percent, images=record.data.test)
     filters: list[Callable[..., Any]] = [words.figures, words.count, words.file_size, words.ratio, words.interval]
-    filters += [words.near_one, words.duration, words.when, words.flat, words.setting, words.yaml]
+    filters += [words.near_one, words.duration, words.when, words.flat, words.setting, words.yaml, words.unmeasured]
     environment.filters |= {show.__name__: show for show in filters}
     environment.filters |= {"percent": percent, "points": partial(words.points, images=record.data.test)}
     environment.globals |= {"size": size, "table": partial(table, percent=percent), "where": where}

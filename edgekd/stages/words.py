@@ -99,6 +99,11 @@ def flat(settings: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
+def unmeasured(reason: str) -> str:
+    """Why there are no numbers; reasons that say so themselves stay as they are."""
+    return reason if reason.startswith("not measured") else f"not measured: {reason}"
+
+
 def markdown(value: Any) -> str:
     """`value` with everything replaced that would make a table cell, tag, link, mention or emphasis of it."""
     text = " ".join(str(value).split())

@@ -1,0 +1,185 @@
+"""From trained networks to one target: its INT8 files, the measurement, and the bundle where that is made elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+
+from edgekd.configuration import BuildConfig
+from edgekd.core import plugins, processor
+from edgekd.core.artifact import File
+from edgekd.core.errors import ConfigError
+from edgekd.core.ledger import Ledger, code
+from edgekd.core.onnx_facts import Exported
+from edgekd.core.target import Target
+from edgekd.core.task import Task
+from edgekd.core.trial import BenchResult, Contestant, Role
+from edgekd.stages.assign import assigned
+from edgekd.stages.benchmark import BenchConfig, benchmark, runner_path
+from edgekd.stages.bundle import Bundle, Sent, bundle
+from edgekd.stages.calibrate import CalibrationSet
+from edgekd.stages.carry import export_trained
+from edgekd.stages.distill import Trained
+from edgekd.stages.quantize import Ranges, quantize_with, ranges_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What all targets are delivered from."""
+
+    task: Task
+    calib: CalibrationSet
+    inputs: File  # test images as a network takes them
+    networks: tuple[Trained, ...]  # the teacher first
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """What came of one target."""
+
+    bench: BenchResult
+    int8s: dict[str, Exported]  # by the name of the network
+    bundle: Bundle | None
+
+
+def named(targets: tuple[Target, ...]) -> dict[str, Target]:
+    """Every target by its name, or what tells it from its like. Raises ConfigError for one that is there twice."""
+    names = [plugins.name_of(t) for t in targets]
+    labels = [f"{n}-{t.trait}" if names.count(n) > 1 else n for n, t in zip(names, targets, strict=True)]
+    if len(set(labels)) < len(labels):
+        raise ConfigError(f"a target is there twice: {', '.join(labels)}", hint="keep one, or give it other settings")
+    return dict(zip(labels, targets, strict=True))
+
+
+def readable(config: BuildConfig, target: Target) -> int:
+    """The opset of the files for a target: as configured, or the highest that its runtime reads."""
+    return min(config.export.opset, target.delivery.opset or config.export.opset)
+
+
+def suffix(config: BuildConfig, opset: int) -> str:
+    """Of the steps that make files of another opset than the configured one."""
+    return "" if opset == config.export.opset else f"-opset{opset}"
+
+
+def export_all(ledger: Ledger, config: BuildConfig, material: Material, opset: int) -> dict[str, Exported]:
+    """The ONNX files of every network, by its name."""
+    asked, end = replace(config.export, opset=opset), suffix(config, opset)
+    return {
+        t.weights.name: ledger.step(f"export-{t.weights.name}{end}", Exported, export_trained, t, material.task, asked)
+        for t in material.networks
+    }
+
+
+def deliver(
+    ledger: Ledger,
+    config: BuildConfig,
+    name: str,
+    target: Target,
+    material: Material,
+    exported: dict[str, Exported],
+    bundles: bool,
+) -> Delivered:
+    """Quantize the chosen method's students for one target, and measure them against everything else.
+
+    What cannot be measured here goes into a bundle; with `bundles`, everything does.
+    """
+    task, networks = material.task, material.networks
+    for sentence in target.delivery.instead:
+        log.info("%s: %s", name, sentence)
+    chosen = [t.weights.name for t in networks[1:] if t.weights.method == plugins.name_of(config.student.method)]
+    ranges, int8s = quantized(ledger, config, name, target, material.calib, {n: exported[n] for n in chosen})
+    sent = []
+    for trained in networks:
+        n, method = trained.weights.name, trained.weights.method
+        role: Role = "teacher" if trained is networks[0] else "student" if n in chosen else "baseline"
+        int8 = int8s[n].single if n in int8s else None
+        sent.append(Sent(n, role, method, trained.classes == task.classes, exported[n].single, int8, ranges.get(n)))
+    bare, made = replace(target, budget_ms=None), None
+    reason = elsewhere(target)
+    if bundles or reason:
+        files = (material.calib.images, material.inputs, task.test.labels, File.of(runner_path()))
+        made = ledger.step(
+            f"bundle-{name}", Bundle, bundle, config.name, name, bare, tuple(sent), *files, config.bundle, config.bench
+        )
+    if reason:
+        return Delivered(unmeasured(name, reason, target.delivery.instead), int8s, made)
+    contestants = tuple(contestant for network in sent for contestant in contestants_of(network))
+    bench = ledger.given(circumstances(target, config.bench)).step(
+        f"bench-{name}",
+        BenchResult,
+        benchmark,
+        contestants,
+        name,
+        bare,
+        material.inputs,
+        task.test.labels,
+        next(c.name for c in contestants if c.role == "student"),
+        config.bench,
+    )
+    accuracy = {f"{t.weights.name} int8": t.weights.valid_accuracy or 0.0 for t in networks[1:]}
+    return Delivered(assigned(bench, target.budget_ms, accuracy), int8s, made)
+
+
+def elsewhere(target: Target) -> str:
+    """Why a build does not measure on a target itself; empty where it does."""
+    own = "TensorRT builds its engines from a bundle" if target.runtime == "tensorrt" else ""
+    return target.missing() or own
+
+
+def quantized(
+    ledger: Ledger,
+    config: BuildConfig,
+    name: str,
+    target: Target,
+    calib: CalibrationSet,
+    exported: dict[str, Exported],
+) -> tuple[dict[str, Ranges], dict[str, Exported]]:
+    """The ranges of every student that the target runs in INT8, and its INT8 files where the dialect has such.
+
+    One pass over the calibration images serves all targets that read the same opset.
+    """
+    if "int8" not in target.delivery.engines:
+        return {}, {}
+    end = suffix(config, readable(config, target))
+    ranges, int8s = {}, {}
+    for n, made in exported.items():
+        ranges[n] = ledger.step(f"ranges-{n}{end}", Ranges, ranges_of, made, calib.images, config.quantize)
+        if target.dialect.form != "cache":
+            int8s[n] = ledger.step(
+                f"quantize-{n}-{name}", Exported, quantize_with, made, calib.images, target.dialect, ranges[n]
+            )
+    return ranges, int8s
+
+
+def unmeasured(name: str, reason: str, instead: tuple[str, ...]) -> BenchResult:
+    """Why there are no numbers, and what to type to get them."""
+    lines = (
+        f"not measured on device: {reason}",
+        f"Copy the folder `bundle-{name}` to the device and type `sh run.sh` in it; bring its folder `results` back "
+        "and type `edgekd import-result results/result.json`",
+        *instead,
+    )
+    return BenchResult(name, ". ".join(lines), None, None, {}, None, (), (), None, started="", seconds=0.0)
+
+
+def contestants_of(network: Sent) -> list[Contestant]:
+    """A network in FP32, then in INT8."""
+    found = []
+    for model in filter(None, (network.fp32, network.int8)):
+        name = f"{network.name} {model.precision}"
+        facts = (network.role, network.method, model.precision, model.file, model.macs, model.parameters)
+        found.append(Contestant(name, *facts, knows=network.knows))
+    return found
+
+
+def circumstances(target: Target, config: BenchConfig) -> dict[str, object]:
+    """What a measurement depends on beside its arguments: another machine, runtime, runner or metric measures anew."""
+    return {
+        "runtime": version(target.runtime),
+        "processor": processor.name(),
+        "runner": File.of(runner_path()),
+        "metrics": {name: code(plugins.places("metrics")[name]) for name in config.metrics},
+    }
