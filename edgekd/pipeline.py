@@ -41,7 +41,7 @@ def build(config: BuildConfig, out: Path, calib_root: Path, command: str, bundle
     The report is written to `out`, and a bundle for every target that this machine cannot serve, or with `bundles` for
     all; the calibration set to `calib_root`. Raises EdgekdError.
     """
-    ledger = Ledger(out / "steps")
+    ledger, targets = Ledger(out / "steps"), named(config.targets)
     with ledger.locked():
         task, taught = tasks(ledger, config)
         inputs = ledger.step("exam", File, exam, task)  # cheap, and may fail: before the hours of training
@@ -54,7 +54,7 @@ def build(config: BuildConfig, out: Path, calib_root: Path, command: str, bundle
         exported = {opset: export_all(ledger, config, material, opset) for opset in sorted(opsets)}
         delivered = {
             name: deliver(ledger, config, name, target, material, exported[readable(config, target)], bundles)
-            for name, target in named(config.targets).items()
+            for name, target in targets.items()
         }
         groups = (*exported.values(), *(d.int8s for d in delivered.values()))
         record = Record(
