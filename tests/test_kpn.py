@@ -106,6 +106,13 @@ def test_the_stages_have_the_paper_s_shares_and_weight_decay(route):
     assert gentle.span == (0.5, 1.0)
 
 
+def test_what_is_projected_behind_an_activation_has_no_negative_values(route):
+    first, _ = phases(route, a_lesson())
+    _, projection = first.trains
+    projected = projection(torch.randn(2, 8, 4, 4))  # the toys' layers end in a ReLU
+    assert projected.min() == 0 < projected.max()
+
+
 def test_each_period_drops_the_route_with_the_worst_joint_loss():
     method = KPN(receptive_tolerance=1.0, candidates=3)
     lesson = a_lesson()
@@ -142,7 +149,7 @@ def test_routes_that_are_kept_are_taught_together_part_by_part():
     first, second = phases(KPN(routes=(Route("stage2", "stage2"), Route("stage1", "stage1")), keep=2), lesson)
     assert first.name == "project" and second.name == "joint"
     student, deep, shallow = first.trains
-    assert (deep.out_channels, shallow.out_channels) == (4, 2)
+    assert (deep[0].out_channels, shallow[0].out_channels) == (4, 2)
     parts = (student.stage1, student.stage2, student.stage3, deep, shallow)
     losses = {n.rpartition(":")[2]: v for n, v in first.loss(batch()).items()}
     for module in parts:

@@ -23,6 +23,7 @@ Deviations from the paper, and why:
 - Candidates are layers that everything passes through, because only there does an injected feature replace the
   student's front part. To bound the memory, each student layer is paired only with the teacher layer of the nearest
   receptive field, and of those routes the `candidates` with the deepest student layers are tried.
+- Found layers are pre-activations. Where a named one of the student's has no negative outputs, r passes a ReLU, too.
 - `reentry` is the share of stage-2 steps that go back to stage 1, drawn at random; the paper gives no frequency.
 - Each stage runs through a learning-rate schedule of its own (the paper gives none); stage 2 may `start` within it, for
   few labels at the full rate undo what stage 1 taught.
@@ -208,7 +209,8 @@ class Way:
 
     def __init__(self, route: Candidate, x: Tensor) -> None:
         self.route = route
-        self.projection = nn.Conv2d(route.teacher.channels, route.student.channels, 1).to(x.device)
+        projection = nn.Conv2d(route.teacher.channels, route.student.channels, 1)
+        self.projection = (projection if route.student.signed else nn.Sequential(projection, nn.ReLU())).to(x.device)
 
 
 class Pupil:
