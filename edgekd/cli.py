@@ -50,16 +50,19 @@ def build(
     board: Annotated[str | None, typer.Option(help="Of the Jetson: nano, xavier-nx, orin-nano, thor ...")] = None,
     dla: Annotated[bool | None, typer.Option("--dla", help="Use the Jetson's DLA instead of its GPU.")] = None,
     bundle: Annotated[bool, typer.Option("--bundle", help="Write a folder to send, for every target.")] = False,
+    device: Annotated[str | None, typer.Option(help="Measure there: ssh://user@host[:port]/folder.")] = None,
     smoke: Smoke = False,
     json_: Json = False,
 ) -> None:
     """Distil, export, quantize, verify, measure and report; what did not change is not done again."""
     from edgekd import configuration, pipeline
+    from edgekd.stages import ssh
 
+    there = ssh.device(device) if device else None
     config = configuration.configured(recipe, tuple(set_ or ()), tuple(target or ()), smoke)
     config = configuration.on_device(config, jetpack=jetpack, board=board, dla=dla)
     out = out or Path("runs") / config.name
-    record = pipeline.build(config, out, calib_root, shlex.join(["edgekd", *sys.argv[1:]]), bundle)
+    record = pipeline.build(config, out, calib_root, shlex.join(["edgekd", *sys.argv[1:]]), bundle, there)
     say(f"report: {out / 'report.html'}")
     emit(json_, pipeline.summary(record), pipeline.headline(record))
 
@@ -120,6 +123,7 @@ def export(
     json_: Json = False,
 ) -> None:
     """Write a trained torch network as ONNX, and prove that it answers alike."""
+    from edgekd.stages.by_name import described, facts
     from edgekd.stages.carry import export_checkpoint, opset_for
     from edgekd.stages.export import ExportConfig
 
@@ -144,7 +148,7 @@ def quantize(
     json_: Json = False,
 ) -> None:
     """Quantize any ONNX file to INT8 for one target."""
-    from edgekd.stages.by_name import quantize_by_name
+    from edgekd.stages.by_name import described, facts, quantize_by_name
 
     made = quantize_by_name(model, calib, out, target, dialect, jetpack, method)
     emit(json_, facts(made), described(made))
@@ -188,6 +192,20 @@ def bench(
     emit(json_, plain.dump(result), table(result))
 
 
+@app.command("import-result")
+def import_result(
+    result: Annotated[Path, typer.Argument(help="The result.json of a device, its arrays beside it.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Of the build; looked for in runs/.")] = None,
+    json_: Json = False,
+) -> None:
+    """Put what a device measured into the report of the build that made its bundle."""
+    from edgekd import arrival, pipeline
+
+    record, folder = arrival.import_result(result, out)
+    say(f"report: {folder / 'report.html'}")
+    emit(json_, pipeline.summary(record), pipeline.headline(record))
+
+
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="The --out folder of a build.")]) -> None:
     """Write a build's report again from its report.json."""
@@ -226,36 +244,22 @@ def list_(
     found = {folder: {n: plugins.summary(folder, n) for n in plugins.names(folder)} for folder in plugins.FOLDERS}
     found["recipes"] = {name: text(name).partition("\n")[0].lstrip("# ") for name in recipes()}
     chosen = {k: v for k, v in found.items() if kind in (None, k)}
-    lines = [f"{k}\n" + "\n".join(f"  {name:<12} {line}" for name, line in v.items()) for k, v in chosen.items()]
+    width = max(len(name) for v in chosen.values() for name in v)
+    lines = [f"{k}\n" + "\n".join(f"  {name:<{width}} {line}" for name, line in v.items()) for k, v in chosen.items()]
     emit(json_, chosen, "\n".join(lines))
 
 
 @app.command()
 def doctor(json_: Json = False) -> None:
-    """What this machine has, what is missing, and how to get it."""
+    """What this machine has, what each target needs, what is missing, and how to get it."""
     from dataclasses import asdict
 
-    from edgekd.stages.doctor import examine
+    from edgekd.stages.doctor import examine, text
 
     found = examine(Path.cwd())
-    lines = [f"{'ok     ' if f.fine else 'MISSING'} {f.what:<14} {f.detail}" for f in found]
-    lines += [f"hint: {f.what}: {f.fix}" for f in found if not f.fine]
-    emit(json_, [asdict(f) for f in found], "\n".join(lines))
-    if not all(f.fine for f in found):
+    emit(json_, [asdict(f) for f in found], text(found))
+    if not all(f.fine or not f.needed for f in found):
         raise typer.Exit(1)
-
-
-def facts(model: Any) -> dict[str, Any]:
-    from edgekd.core import plain
-
-    return {**plain.dump(model), "bytes": model.file.bytes}
-
-
-def described(model: Any) -> str:
-    if hasattr(model, "tensors"):
-        return f"{model.file.path}: scales of {model.tensors} tensors, to build with TensorRT {model.tensorrt}"
-    size = f"{model.file.bytes / 1e3:.1f} kB, {model.macs / 1e6:.2f} M MACs"
-    return f"{model.file.path}: {model.precision}, opset {model.opset}, {size}, sha256 {model.file.sha256[:12]}"
 
 
 def say(text: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 
 from edgekd.configuration import BuildConfig
 from edgekd.core import plugins, processor
-from edgekd.core.artifact import File
+from edgekd.core.artifact import File, Weights
 from edgekd.core.errors import ConfigError
 from edgekd.core.ledger import Ledger, code
 from edgekd.core.onnx_facts import Exported
@@ -21,7 +23,11 @@ from edgekd.stages.bundle import Bundle, Sent, bundle
 from edgekd.stages.calibrate import CalibrationSet
 from edgekd.stages.carry import export_trained
 from edgekd.stages.distill import Trained
+from edgekd.stages.publish import replace_files
 from edgekd.stages.quantize import Ranges, quantize_with, ranges_of
+from edgekd.stages.remote import Place, look, measure
+from edgekd.stages.results import RESULT, Returned, measured, read, taken
+from edgekd.stages.ssh import Device, porter_path
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +40,18 @@ class Material:
     calib: CalibrationSet
     inputs: File  # test images as a network takes them
     networks: tuple[Trained, ...]  # the teacher first
+
+
+@dataclass(frozen=True)
+class Away:
+    """How networks travel to other machines, and where is what came back."""
+
+    out: Path  # of the build: its folders `bundle-NAME` hold results
+    bundles: bool  # of every target, not only of those that are measured elsewhere
+    device: Device | None
+
+    def results(self, name: str) -> Path:
+        return self.out / f"bundle-{name}" / "results"
 
 
 @dataclass(frozen=True)
@@ -80,11 +98,12 @@ def deliver(
     target: Target,
     material: Material,
     exported: dict[str, Exported],
-    bundles: bool,
+    away: Away,
 ) -> Delivered:
     """Quantize the chosen method's students for one target, and measure them against everything else.
 
-    What cannot be measured here goes into a bundle; with `bundles`, everything does.
+    What cannot be measured here goes into a bundle, and to the device if there is one. Results of that very bundle
+    that are in the build's folder already count, too.
     """
     task, networks = material.task, material.networks
     for sentence in target.delivery.instead:
@@ -99,11 +118,16 @@ def deliver(
         sent.append(Sent(n, role, method, trained.classes == task.classes, exported[n].single, int8, ranges.get(n)))
     bare, made = replace(target, budget_ms=None), None
     reason = elsewhere(target)
-    if bundles or reason:
+    if away.bundles or away.device or reason or (away.results(name) / RESULT).exists():
         files = (material.calib.images, material.inputs, task.test.labels, File.of(runner_path()))
         made = ledger.step(
             f"bundle-{name}", Bundle, bundle, config.name, name, bare, tuple(sent), *files, config.bundle, config.bench
         )
+    students = [t.weights for t in networks[1:]]
+    returned = made and bring(ledger, name, made, away)
+    if made and returned:
+        bench = read_off(ledger, name, made, returned, config.bench)
+        return Delivered(shipped(bench, target, students), int8s, made)
     if reason:
         return Delivered(unmeasured(name, reason, target.delivery.instead), int8s, made)
     contestants = tuple(contestant for network in sent for contestant in contestants_of(network))
@@ -119,8 +143,46 @@ def deliver(
         next(c.name for c in contestants if c.role == "student"),
         config.bench,
     )
-    accuracy = {f"{t.weights.name} int8": t.weights.valid_accuracy or 0.0 for t in networks[1:]}
-    return Delivered(assigned(bench, target.budget_ms, accuracy), int8s, made)
+    return Delivered(shipped(bench, target, students), int8s, made)
+
+
+def shipped(bench: BenchResult, target: Target, students: Iterable[Weights]) -> BenchResult:
+    """With the student for the target: validation accuracy chooses."""
+    return assigned(bench, target.budget_ms, {f"{w.name} int8": w.valid_accuracy or 0.0 for w in students})
+
+
+def fitted(ledger: Ledger, config: BuildConfig, device: Device) -> BuildConfig:
+    """With the target as the device needs it. Raises ConfigError unless there is one target, and what `look` raises."""
+    if len(config.targets) != 1:
+        raise ConfigError(f"a device is for one target, here are {len(config.targets)}", hint="choose it with --target")
+    place = ledger.given(File.of(porter_path())).step("device", Place, look, device)
+    return replace(config, targets=(config.targets[0].on(place.machine),))
+
+
+def bring(ledger: Ledger, name: str, made: Bundle, away: Away) -> Returned | None:
+    """The results of a bundle: from the device, or those in the build's folder. None if there are none of it."""
+    home = away.results(name)
+    if away.device:
+        found = ledger.given(File.of(porter_path())).step(f"device-{name}", Returned, measure, made, away.device)
+        replace_files((*found.arrays, found.result), home)
+        return found
+    if not (home / RESULT).exists():
+        return None
+    if read(home / RESULT)["bundle"] != made.manifest.sha256:
+        log.info("%s: the results in `%s` are of an earlier bundle, and count no longer", name, home)
+        return None
+    log.info("%s: measured elsewhere, by the results in `%s`", name, home)
+    return taken(home, made)
+
+
+def read_off(ledger: Ledger, name: str, made: Bundle, returned: Returned, config: BenchConfig) -> BenchResult:
+    known = ledger.given({"metrics": metrics(config)})
+    return known.step(f"bench-{name}", BenchResult, measured, made, returned, config)
+
+
+def metrics(config: BenchConfig) -> dict[str, object]:
+    """What a reading depends on beside its samples."""
+    return {name: code(plugins.places("metrics")[name]) for name in config.metrics}
 
 
 def elsewhere(target: Target) -> str:
@@ -158,8 +220,9 @@ def unmeasured(name: str, reason: str, instead: tuple[str, ...]) -> BenchResult:
     """Why there are no numbers, and what to type to get them."""
     lines = (
         f"not measured on device: {reason}",
-        f"Copy the folder `bundle-{name}` to the device and type `sh run.sh` in it; bring its folder `results` back "
-        "and type `edgekd import-result results/result.json`",
+        "With SSH: the same command with `--device ssh://user@host/folder`. Without: copy the folder "
+        f"`bundle-{name}` to the device, type `sh run.sh` in it, bring its folder `results` back, and type "
+        "`edgekd import-result results/result.json`",
         *instead,
     )
     return BenchResult(name, ". ".join(lines), None, None, {}, None, (), (), None, started="", seconds=0.0)
@@ -181,5 +244,5 @@ def circumstances(target: Target, config: BenchConfig) -> dict[str, object]:
         "runtime": version(target.runtime),
         "processor": processor.name(),
         "runner": File.of(runner_path()),
-        "metrics": {name: code(plugins.places("metrics")[name]) for name in config.metrics},
+        "metrics": metrics(config),
     }

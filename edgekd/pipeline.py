@@ -18,7 +18,7 @@ from edgekd.core.ledger import Ledger
 from edgekd.core.method import Method
 from edgekd.core.record import DataFacts, Record
 from edgekd.core.task import SPLITS, Scale, Task
-from edgekd.delivery import Material, deliver, export_all, named, readable
+from edgekd.delivery import Away, Material, deliver, export_all, fitted, named, readable
 from edgekd.learn.trainer import TrainConfig, resolved
 from edgekd.methods.alone import Alone
 from edgekd.stages.bundle import place
@@ -28,6 +28,7 @@ from edgekd.stages.distill import Course, Trained, adopt, distill
 from edgekd.stages.prepare import exam, prepare
 from edgekd.stages.price import Priced
 from edgekd.stages.publish import Rendered, publish, rendered, replace_files, templates
+from edgekd.stages.ssh import Device
 from edgekd.stages.words import unmeasured
 
 log = logging.getLogger(__name__)
@@ -35,14 +36,24 @@ PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")  # whose vers
 Family = tuple[Trained, ...]  # what one method makes of one student
 
 
-def build(config: BuildConfig, out: Path, calib_root: Path, command: str, bundles: bool = False) -> Record:
+def build(
+    config: BuildConfig,
+    out: Path,
+    calib_root: Path,
+    command: str,
+    bundles: bool = False,
+    device: Device | None = None,
+) -> Record:
     """From a teacher to a measured INT8 student on every target; what did not change is not made again.
 
     The report is written to `out`, and a bundle for every target that this machine cannot serve, or with `bundles` for
-    all; the calibration set to `calib_root`. Raises EdgekdError.
+    all; the calibration set to `calib_root`. With a `device`, the only target is measured there. Raises EdgekdError.
     """
-    ledger, targets = Ledger(out / "steps"), named(config.targets)
+    ledger, away = Ledger(out / "steps"), Away(out, bundles, device)
     with ledger.locked():
+        if device:
+            config = fitted(ledger, config, device)  # before the hours of training
+        targets = named(config.targets)
         task, taught = tasks(ledger, config)
         inputs = ledger.step("exam", File, exam, task)  # cheap, and may fail: before the hours of training
         calib = calibration(ledger, config, task)
@@ -53,7 +64,7 @@ def build(config: BuildConfig, out: Path, calib_root: Path, command: str, bundle
         opsets = {readable(config, target) for target in config.targets}
         exported = {opset: export_all(ledger, config, material, opset) for opset in sorted(opsets)}
         delivered = {
-            name: deliver(ledger, config, name, target, material, exported[readable(config, target)], bundles)
+            name: deliver(ledger, config, name, target, material, exported[readable(config, target)], away)
             for name, target in targets.items()
         }
         groups = (*exported.values(), *(d.int8s for d in delivered.values()))

@@ -23,6 +23,7 @@ RANK = {
     "delivery": 5,
     "pipeline": 5,
     "comparison": 5,
+    "arrival": 5,
     "cli": 6,
     "__main__": 7,
 }
@@ -30,6 +31,7 @@ PLUGINS = {"methods", "targets", "metrics", "models", "data"}
 TORCH_FREE = ["core.ledger", "core.plain", "core.method", "core.config", "core.onnx_facts", "targets.cpu"]
 TORCH_FREE += ["metrics.p99_ms", "stages.benchmark", "stages.report", "stages.quantize", "stages.compare"]
 TORCH_FREE += ["targets.jetson", "targets.tensorrt", "stages.bundle", "stages.doctor", "stages.calibrate", "cli"]
+TORCH_FREE += ["stages.ssh", "stages.remote", "stages.results"]
 
 
 def layer(dotted):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from edgekd.core.errors import StaleArtifact
 
-Precision = Literal["fp32", "int8"]
+Precision = Literal["fp32", "fp16", "int8"]
 Floats = Literal["fp32", "default"]  # what a runtime is asked to compute float operations in; default: its own choice
 STORY = {"key": False}  # metadata of fields that the ledger does not key by
 

@@ -80,6 +80,10 @@ class Target(Plugin, ABC):
     def runtime(self) -> str:
         """The runner's name of the runtime: `onnxruntime`."""
 
+    def on(self, machine: str) -> Target:
+        """The target for a device of that architecture, as `uname -m` names it."""
+        return self
+
     @property
     def floats(self) -> tuple[Floats, ...]:
         """What float operations are computed in: float files are measured in each of them, INT8 files in the first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from edgekd.core import dialects, onnx_facts, plain, plugins
 from edgekd.core.artifact import OnnxModel
@@ -42,3 +43,16 @@ def choice(target: str | None, dialect: str | None) -> Dialect:
         return dialects.named(dialect)
     own: Dialect = plugins.load("targets", target or "cpu")().dialect
     return own
+
+
+def facts(model: OnnxModel | CalibrationCache) -> dict[str, Any]:
+    """For machines."""
+    return {**plain.dump(model), "bytes": model.file.bytes}
+
+
+def described(model: OnnxModel | CalibrationCache) -> str:
+    """For people, in one line."""
+    if isinstance(model, CalibrationCache):
+        return f"{model.file.path}: scales of {model.tensors} tensors, to build with TensorRT {model.tensorrt}"
+    size = f"{model.file.bytes / 1e3:.1f} kB, {model.macs / 1e6:.2f} M MACs"
+    return f"{model.file.path}: {model.precision}, opset {model.opset}, {size}, sha256 {model.file.sha256[:12]}"

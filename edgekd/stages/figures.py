@@ -68,9 +68,9 @@ def table(bench: BenchResult, percent: Callable[[float], str]) -> tuple[list[tup
     add("parameters", "parameters", "", [m.contestant.parameters for m in bench.measurements], words.count)
     add("macs", "MACs", "per image", [m.contestant.macs for m in bench.measurements], words.count)
     for name in others:
-        timed = name.endswith("_ms")
-        head = name.removesuffix("_ms").replace("_", " ")
-        add(name, head, "ms" if timed else "", readings(name), words.figures if timed else words.setting)
+        unit = {"_ms": "ms", "_mj": "mJ"}.get(name[-3:], "")
+        head = (name[:-3] if unit else name).replace("_", " ")
+        add(name, head, unit, readings(name), words.figures if unit else words.setting)
     add("speedup", "speed-up", "teacher = 1, 95 % interval", [m.speedup for m in bench.measurements], words.interval)
     add("verdict", "verdict", "", [m.verdict or None for m in bench.measurements], str)
     return heads, [list(row) for row in zip(*columns, strict=True)]

@@ -47,14 +47,14 @@ def check(contestants: tuple[Contestant, ...], inputs: File, labels: File | None
 def original(contestant: Contestant, contestants: tuple[Contestant, ...], reference: str) -> int | None:
     """Whose answers those of a contestant are held against; None where that says nothing, or several could be meant.
 
-    Of a float file that was computed otherwise than in FP32: itself in FP32. Of an INT8 file, the float one that it
-    came from: of its name, or of its role and method, or else `reference`.
+    Of a float file that was computed otherwise than in FP32: itself in FP32. Of an INT8 or FP16 file, the FP32 one
+    that it came from: of its name, or of its role and method, or else `reference`.
     """
     exact = {i: c for i, c in enumerate(contestants) if (c.precision, c.floats) == ("fp32", "fp32")}
     if contestant.precision == "fp32":
         found = [i for i, c in exact.items() if c.file == contestant.file and contestant.floats != "fp32"]
         return found[0] if found else None
-    twin = f"{contestant.name.removesuffix('int8')}fp32"
+    twin = f"{contestant.name.removesuffix(contestant.precision)}fp32"
     found = [i for i, c in exact.items() if c.name == twin]
     found = found or [i for i, c in exact.items() if (c.role, c.method) == (contestant.role, contestant.method)]
     found = found or [i for i, c in exact.items() if c.name == reference]

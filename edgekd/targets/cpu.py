@@ -33,6 +33,10 @@ class Cpu(Target):
         vnni = arch == here() and {"avx512_vnni", "avx_vnni"} & set(flags())
         return replace(DIALECTS["ort-x86"], reduce_range=not vnni)
 
+    def on(self, machine: str) -> Cpu:
+        arch, known = arch_of(machine), here() if self.arch == "auto" else self.arch
+        return self if arch == known else replace(self, arch=arch)
+
     def missing(self) -> str:
         if self.arch not in ("auto", here()):
             return f"this machine's processor is {platform.machine()}, not {self.arch}"
@@ -48,7 +52,11 @@ class Cpu(Target):
 
 
 def here() -> Architecture:
-    return "x86" if platform.machine() in ("x86_64", "AMD64") else "arm"
+    return arch_of(platform.machine())
+
+
+def arch_of(machine: str) -> Architecture:
+    return "x86" if machine in ("x86_64", "AMD64") else "arm"
 
 
 PLUGIN = Cpu

@@ -1,0 +1,67 @@
+"""A result that a person brought from a device: find the build that its bundle is of, and tell its report again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from edgekd.configuration import BuildConfig
+from edgekd.core import plain
+from edgekd.core.artifact import File
+from edgekd.core.errors import ConfigError
+from edgekd.core.ledger import Ledger
+from edgekd.core.record import Record
+from edgekd.delivery import named, read_off, shipped
+from edgekd.stages.bundle import MANIFEST, Bundle
+from edgekd.stages.publish import Rendered, publish, rendered, replace_files, templates
+from edgekd.stages.report import read as read_report
+from edgekd.stages.results import RESULT, read, taken
+
+RUNS = Path("runs")  # where builds go that are not told otherwise
+
+
+def import_result(path: Path, out: Path | None) -> tuple[Record, Path]:
+    """The record of the build in `out` with the measurements of a result.json, and its folder; its report is new.
+
+    Without `out`, the build is looked for in `runs` and around the result. The result is kept in the bundle's folder
+    there, where the next build finds it. Raises ConfigError where no build made its bundle, StaleArtifact where it is
+    not whole, EdgekdError where nothing valid was measured.
+    """
+    made = origin(path, out)
+    returned = taken(path.parent, made)
+    folder, name = made.folder.parent, str(made.read()["target"])
+    ledger = Ledger(folder / "steps")
+    with ledger.locked():
+        record = read_report(folder / "report.json")
+        config = plain.load(BuildConfig, record.config)
+        bench = read_off(ledger, name, made, returned, config.bench)
+        bench = shipped(bench, named(config.targets)[name], record.students)
+        record = replace(
+            record,
+            benches=tuple(bench if old.target == name else old for old in record.benches),
+            created=max(record.created, ledger.latest),
+            step_seconds=record.step_seconds | ledger.seconds,
+        )
+        home = made.folder / "results"
+        if path.parent.resolve() != home.resolve():
+            replace_files((*returned.arrays, returned.result), home)
+        publish(ledger.given(templates()).step("report", Rendered, rendered, record), folder)
+    return record, folder
+
+
+def origin(path: Path, out: Path | None) -> Bundle:
+    """The bundle that a result is of, in the folder of its build. Raises ConfigError where none is it."""
+    wanted = str(read(path)["bundle"])
+    around = [path.resolve().parent.parent.parent] if path.name == RESULT else []
+    places = [out] if out else [*sorted(RUNS.glob("*")), *around]
+    found = [File.of(p) for place in places for p in sorted(place.glob(f"bundle-*/{MANIFEST}"))]
+    for manifest in found:
+        if manifest.sha256 == wanted and (manifest.path.parent.parent / "report.json").is_file():
+            return Bundle(manifest)
+    known = ", ".join(f"`{m.path.parent}` is {m.sha256[:12]}" for m in found) or "there is no bundle"
+    where = f"`{out}`" if out else f"`{RUNS}`"
+    raise ConfigError(
+        f"`{path}` is a result of the bundle {wanted[:12]}, which no build in {where} has made: {known}",
+        hint="a result counts for the files that were measured only; name the folder of their build with --out, or "
+        "copy the bundle of this build to the device and run it there",
+    )

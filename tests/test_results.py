@@ -1,0 +1,167 @@
+"""What a board sends back becomes a comparison: every engine, its energy, its board, and all that speaks against it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgekd.core import plain
+from edgekd.core.artifact import File
+from edgekd.core.errors import EdgekdError, StaleArtifact
+from edgekd.core.trial import BenchResult
+from edgekd.stages.benchmark import BenchConfig
+from edgekd.stages.bundle import Bundle
+from edgekd.stages.results import measured, taken
+from tests.standins.bundles import CLASSES, engine, make_bundle
+
+HOW = BenchConfig(blocks=3, metrics=("top1", "agreement", "p50_ms"))
+MS = {"teacher fp32": 4.0, "teacher fp16": 2.0, "student fp32": 2.0, "student fp16": 0.5, "student int8": 1.0}
+POINT = {"power_mode": {"name": "25W", "id": 1}, "gpu_hz": {"gpu": 918_000_000}, "temperatures_c": {"tj": 51.5}}
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    rows = [engine(n, n.split()[0], f"{n.split()[0]}.onnx", knows=True, precisions=kinds(n)) for n in MS]
+    home = make_bundle(tmp_path / "bundle", "tensorrt", rows, jetpack="6.2", board="orin-nano", tensorrt="10.3.0")
+    return Bundle(File.of(home / "manifest.json"))
+
+
+def kinds(name: str) -> list[str]:
+    return ["int8", "fp16"] if name.endswith("int8") else [name.split()[1]]
+
+
+def brought(home: Path, bundle: Bundle, **changes: Any) -> Path:
+    """A folder `results` as the runner of a Jetson writes it; the student in INT8 answers otherwise for two images."""
+    home.mkdir()
+    manifest, names = bundle.read(), [*MS, "teacher fp32 again"]
+    labels = np.load(bundle.folder / "labels.npy")
+    files = {f"logits-{i}.npy": np.eye(CLASSES, dtype=np.float32)[labels] for i in range(len(MS))}
+    files["logits-4.npy"][:2] = np.roll(files["logits-4.npy"][:2], 1, axis=1)
+    files["logits-1.npy"][0] = np.nan  # FP16 that overflows
+    random = np.random.default_rng(0)
+    calls = [random.normal(1e6 * MS[name.removesuffix(" again")], 1e3, (8, 10)).astype(np.int64) for name in names]
+    for name, array in files.items():
+        np.save(home / name, array)
+    which = np.repeat(np.arange(len(names)), 80)
+    blocks = np.tile(np.repeat(np.arange(8), 10), len(names))
+    np.savez(home / "samples.npz", ns=np.concatenate(calls).ravel(), block=blocks, model=which, names=names)
+    models = [
+        {
+            "name": name,
+            "sha256": manifest["files"][f"models/{name.split()[0]}.onnx"]["sha256"],
+            "precision": "+".join(kinds(name.removesuffix(" again"))),
+            "warmup": {"steady": True},
+            "compute_ms": [0.1, 0.2, 0.3],
+        }
+        for name in names
+    ]
+    machine = {
+        "processor": "ARMv8 Processor rev 1 (v8l)",
+        "flags": [],
+        "cores": 6,
+        "memory_gib": 7.4,
+        "system": "Linux",
+    }
+    machine |= {"python": "3.10.12", "affinity": None, "cpu_quota": None, "governor": "schedutil"}
+    quiet = {"load_before": [0.1], "load_after": [0.1], "others_percent": 1.0, "steal_percent": 0.0, "throttled": None}
+    bench = {"machine": machine, "conditions": quiet, "models": models, "sessions": [{}], "locked": True, "invalid": []}
+    bench |= {"runtime": {"name": "tensorrt", "version": "10.3.0", "threads": 1, "sm": "8.7"}}
+    bench |= {"protocol": manifest["protocol"] | {"blocks": 8, "calls": 10}, "points": [{"before": POINT}]}
+    bench |= {"recommended": {"name": "student fp16", "reason": "the fastest of 2 that pass"}}
+    verified = [
+        {"name": name, "index": i, "passes": i != 1, "reason": "some are no numbers"} for i, name in enumerate(MS)
+    ]
+    power = [{"name": name, "mj": 10 * ms, "net_mj": 4 * ms} for name, ms in MS.items()]
+    found = {
+        "schema": 1,
+        "bundle": bundle.manifest.sha256,
+        "doctor": {"board": {"model": "NVIDIA Jetson Orin Nano"}, "l4t": "36.4.3", "differs": [{"what": "1 GiB free"}]},
+        "build": {"engines": [{"name": "other int8", "error": "memory ran out"}]},
+        "verify": {"engines": verified},
+        "bench": bench,
+        "energy": {"sensor": {"kind": "INA3221", "rails": ["VDD_IN"]}, "engines": power, "invalid": []},
+        "files": {p.name: {"sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in home.iterdir()},
+    }
+    (home / "result.json").write_text(json.dumps(found | changes))
+    return home
+
+
+def comparison(tmp_path: Path, bundle: Bundle, **changes: Any) -> BenchResult:
+    (tmp_path / "out").mkdir()
+    returned = taken(brought(tmp_path / "results", bundle, **changes), bundle)
+    return measured(tmp_path / "out", bundle, returned, HOW)
+
+
+def test_every_engine_is_a_row_with_the_precision_that_it_ran_in(bundle, tmp_path):
+    result = comparison(tmp_path, bundle)
+    rows = {m.contestant.name: m for m in result.measurements}
+    assert list(rows) == list(MS)
+    assert {n: m.contestant.precision for n, m in rows.items()} == {n: n.split()[1] for n in MS}
+    assert (rows["student fp16"].floats, rows["student int8"].floats) == ("fp16", "fp16")
+    for name, ms in MS.items():
+        assert rows[name].readings["p50_ms"] == pytest.approx(ms, rel=1e-2)
+        if name != "teacher fp32":
+            assert rows[name].speedup.mid == pytest.approx(4.0 / ms, rel=1e-2)
+    assert "8.0 times faster" in rows["student fp16"].verdict
+    assert result.aa.low < 1 < result.aa.high
+
+
+def test_accuracy_and_agreement_come_from_the_answers_of_the_device(bundle, tmp_path):
+    rows = {m.contestant.name: m.readings for m in comparison(tmp_path, bundle).measurements}
+    assert rows["student fp32"]["top1"] == 100 and "agreement" not in rows["student fp32"]
+    assert rows["student fp16"]["agreement"] == 100
+    assert rows["student int8"]["top1"] == rows["student int8"]["agreement"] == pytest.approx(100 * 10 / 12)
+    assert "top1" not in rows["teacher fp16"]  # its answers are no numbers
+
+
+def test_the_board_its_power_mode_and_its_energy_are_told(bundle, tmp_path):
+    result = comparison(tmp_path, bundle)
+    assert result.machine.processor == "NVIDIA Jetson Orin Nano" and result.target == "jetson"
+    assert result.measurements[3].readings["energy_mj"] == 5.0
+    assert result.measurements[3].readings["net_energy_mj"] == 2.0
+    assert result.protocol["power_mode"] == {"name": "25W", "id": 1} and result.protocol["l4t"] == "36.4.3"
+    assert result.protocol["locked_clocks"] and result.protocol["kernels_alone_ms"]["student fp16"] == 0.2
+    assert plain.load(BenchResult, plain.dump(result), tmp_path / "out") == result
+
+
+def test_what_speaks_against_the_numbers_is_a_warning(bundle, tmp_path):
+    said = "\n".join(comparison(tmp_path, bundle).warnings)
+    for words in (
+        "1 GiB free",
+        "other int8 was not built on the device: memory ran out",
+        "teacher fp16 does not answer as on the host: some are no numbers",
+        "the fastest is student fp16, not INT8",
+    ):
+        assert words in said
+
+
+def test_energy_that_is_not_valid_is_left_out_with_its_reason(bundle, tmp_path):
+    result = comparison(tmp_path, bundle, energy={"engines": [], "invalid": ["student int8: a brake"]})
+    assert "energy_mj" not in result.measurements[0].readings
+    assert "energy is left out: student int8: a brake" in result.warnings
+
+
+@pytest.mark.parametrize(("file", "content"), [("samples.npz", {"ns": [1]}), ("logits-0.npy", [[1.0]])])
+def test_arrays_that_do_not_fit_the_result_are_refused(file, content, bundle, tmp_path):
+    home = brought(tmp_path / "results", bundle)
+    np.savez(home / file, **content) if file.endswith("z") else np.save(home / file, content)
+    found = json.loads((home / "result.json").read_text())
+    found["files"][file]["sha256"] = hashlib.sha256((home / file).read_bytes()).hexdigest()
+    (home / "result.json").write_text(json.dumps(found))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(StaleArtifact, match="does not fit|no answers of engine 0"):
+        measured(tmp_path / "out", bundle, taken(home, bundle), HOW)
+
+
+def test_a_file_of_a_result_stays_in_its_folder(bundle, tmp_path):
+    home = brought(tmp_path / "results", bundle)
+    found = json.loads((home / "result.json").read_text())
+    found["files"]["../bundle/labels.npy"] = {"sha256": "0", "bytes": 1}
+    (home / "result.json").write_text(json.dumps(found))
+    with pytest.raises(EdgekdError, match="is not in"):
+        taken(home, bundle)
