@@ -1,5 +1,6 @@
 """Latency budgets: what a network costs on a target, and which student ships there."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,13 @@ def test_where_none_is_fast_enough_none_ships_and_a_warning_says_so(bench):
     result = assigned(bench, 0.9, ACCURACY)
     assert not result.ships
     assert result.warnings == ("no student is within the budget of 0.9 ms: the fastest takes 1 ms (median)",)
+
+
+def test_a_student_that_answers_otherwise_on_the_device_never_ships(bench):
+    measurements = tuple(
+        replace(m, astray="41 % agree") if "large int8" in m.contestant.name else m for m in bench.measurements
+    )
+    assert assigned(replace(bench, measurements=measurements), None, ACCURACY).ships == "middle int8"
 
 
 @pytest.fixture

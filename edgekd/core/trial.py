@@ -90,6 +90,7 @@ class Measurement:
     speedup: Interval | None  # teacher's median latency over this one's; None for the teacher
     verdict: str  # in words: "4.1 times faster (4.0-4.2)", "no measurable difference"
     floats: str = ""  # the precision of its float operations, as read back: fp32, bf16; empty: unknown
+    astray: str = ""  # how its answers on a device differ from the host's, so that it must not ship
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from edgekd.core.trial import BenchResult
 def assigned(bench: BenchResult, budget_ms: float | None, valid_accuracy: Mapping[str, float]) -> BenchResult:
     """The result with `ships` filled in. Accuracy on validation data chooses: test data only reports.
 
-    Of equally accurate students, the faster. Where none is within the budget, none ships, and a warning says so.
+    Of equally accurate students, the faster. Where none is within the budget, none ships, and a warning says so. Nor
+    does one ship whose answers on the device are not the host's.
     """
     int8 = [m for m in bench.measurements if m.contestant.role == "student" and m.contestant.precision == "int8"]
-    timed = [m for m in int8 if "p50_ms" in m.readings]
+    timed = [m for m in int8 if "p50_ms" in m.readings and not m.astray]
     fitting = [m for m in timed if budget_ms is None or m.readings["p50_ms"] <= budget_ms]
     if not timed:
         return bench

@@ -125,7 +125,7 @@ def measured(out: Path, bundle: Bundle, returned: Returned, config: BenchConfig)
     logits = [answers(returned, rows[name][0], images) for name in timed[:-1]]
     reference = next((c.name for c in contestants if (c.role, c.precision) == ("student", "fp32")), timed[0])
     seen = trials(contestants, ns, logits, labels, reference)
-    drawn = energy(found)
+    drawn, wrong = energy(found), astray(found)
     measurements = []
     for index, one in enumerate(contestants):
         speedup = None if index == base else statistics.ratio(ns[base], ns[index], config.seed)
@@ -133,7 +133,7 @@ def measured(out: Path, bundle: Bundle, returned: Returned, config: BenchConfig)
         kept = replace(one, file=linked(out, index, one))
         read_off = readings(seen[index], config.metrics) | drawn.get(one.name, {})
         floats = bench["models"][index]["precision"].removeprefix("int8+")
-        measurements.append(Measurement(kept, read_off, speedup, verdict, floats))
+        measurements.append(Measurement(kept, read_off, speedup, verdict, floats, wrong.get(one.name, "")))
     doubts = statistics.doubts(aa, dict(zip(timed, ns, strict=True)), bench)
     protocol = {
         "batch": 1,
@@ -232,14 +232,18 @@ def energy(found: dict[str, Any]) -> dict[str, dict[str, float]]:
     return {one["name"]: {"energy_mj": one["mj"], "net_energy_mj": one["net_mj"]} for one in seen.get("engines", ())}
 
 
+def astray(found: dict[str, Any]) -> dict[str, str]:
+    """Engines whose answers are not the host's, with the difference."""
+    return {fact["name"]: fact["reason"] for fact in found["verify"]["engines"] if not fact["passes"]}
+
+
 def remarks(manifest: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """What a sceptic should know of a run on a device."""
     told = [difference["what"] for difference in (found.get("doctor") or {}).get("differs", ())]
     for fact in (found.get("build") or {}).get("engines", ()):
         if "error" in fact:
             told.append(f"{fact['name']} was not built on the device: {fact['error']}")
-    wrong = [fact for fact in found["verify"]["engines"] if not fact["passes"]]
-    told += [f"{fact['name']} does not answer as on the host: {fact['reason']}" for fact in wrong]
+    told += [f"{name} does not answer as on the host: {reason}" for name, reason in astray(found).items()]
     if (found.get("energy") or {}).get("invalid"):
         told.append(f"energy is left out: {'; '.join(found['energy']['invalid'])}")
     best = (found["bench"].get("recommended") or {}).get("name")
