@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import shutil
@@ -82,11 +83,23 @@ class Server:
 
     def cut(self) -> int:
         """End all connections at once, as a cable that is pulled; how many they were."""
+        found = self.connections()
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself
+                os.kill(pid, signal.SIGKILL)
+        return len(found)
+
+    def connections(self) -> list[int]:
+        """The processes that serve them."""
         assert self.process
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        for pid in children:
-            os.kill(int(pid), signal.SIGKILL)
-        return len(children)
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(pid) for pid in children.split()]
+
+    def steady(self, count: int) -> bool:
+        """Whether so many connections stay for a while."""
+        found = self.connections()
+        time.sleep(0.5)
+        return len(found) >= count and self.connections() == found
 
 
 def key(path: Path) -> str:

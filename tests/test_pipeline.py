@@ -162,4 +162,6 @@ def test_init_writes_a_configuration_that_builds(tmp_path):
 
 def test_list_and_doctor_speak_to_machines_too(tmp_path):
     assert "kpn" in json.loads(edgekd("list", "methods", "--json", cwd=tmp_path).stdout)["methods"]
-    assert {"what", "fine", "detail", "fix"} == set(json.loads(edgekd("doctor", "--json", cwd=tmp_path).stdout)[0])
+    assert {"what", "fine", "detail", "fix", "needed"} == set(
+        json.loads(edgekd("doctor", "--json", cwd=tmp_path).stdout)[0]
+    )

@@ -123,10 +123,11 @@ class Story:
         pid = json.loads((self.there / "job.json").read_text())["pid"]
         second = Call(home / "second", bundle, at(self.there))
         wait_for(lambda: any("runs already" in line for line in self.said))
+        wait_for(lambda: server.steady(2))
         self.cut = server.cut()
         wait_for(lambda: sum("trying again" in line for line in self.said) >= 2)
         self.went_on = json.loads((self.there / "job.json").read_text())["pid"] == pid and os.kill(pid, 0) is None
-        time.sleep(1.5)  # both are connected again
+        wait_for(lambda: server.steady(2))  # both are connected again
         os.kill(runner_of(self.there), signal.SIGKILL)
         self.left = self.rounds()
         for call in (first, second):
