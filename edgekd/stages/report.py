@@ -122,16 +122,17 @@ def render(template: str, record: Record, files: list[dict[str, Any]]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    percent = partial(words.percent, images=record.data.test)
+    head = headline(record)
+    images = (head and head.bench.protocol.get("images")) or record.data.test  # a device gets some of them only
+    percent = partial(words.percent, images=images)
     filters: list[Callable[..., Any]] = [words.figures, words.count, words.file_size, words.ratio, words.interval]
     filters += [words.near_one, words.duration, words.when, words.flat, words.setting, words.yaml, words.unmeasured]
     environment.filters |= {show.__name__: show for show in filters}
-    environment.filters |= {"percent": percent, "points": partial(words.points, images=record.data.test)}
+    environment.filters |= {"percent": percent, "points": partial(words.points, images=images)}
     environment.globals |= {"size": size, "table": partial(table, percent=percent), "where": where}
     environment.globals |= {"draw": draw, "curve": curve, "difference": difference}
-    head = headline(record)
     key = score(record)
-    shown = {"r": record, "head": head, "lessons": lessons(record, head), "files": files}
+    shown = {"r": record, "head": head, "images": images, "lessons": lessons(record, head), "files": files}
     return environment.get_template(template).render(shown, score=key, score_name=PERCENT[key][0])
 
 
