@@ -124,13 +124,11 @@ def test_the_difference_is_paired_by_seed(made):
     assert found.standings[0].verdict == "baseline" and found.standings[0].interval is None
 
 
-def test_a_lesson_is_the_one_that_a_build_gives(made, tmp_path):
-    _, found = made
-    config = blobs()
-    built = distilled(replace(config, student=replace(config.student, seed=1)), tmp_path)
-    by_name = {w.name: w.file.sha256 for w in built}
-    for standing in found.standings:
-        assert standing.runs[1].sha256 == by_name[standing.name]
+def test_a_lesson_is_the_one_that_a_build_gives(tmp_path):
+    config = blobs(seeds=1)
+    found = compared(tmp_path / "compared", config)  # one lesson at a time: with all threads, as a build
+    by_name = {w.name: w.file.sha256 for w in distilled(config, tmp_path / "built")}
+    assert {s.name: s.runs[0].sha256 for s in found.standings} == {name: by_name[name] for name in ("alone", "kd")}
 
 
 def test_it_is_told_in_three_forms(made):
