@@ -106,7 +106,7 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_students(built, tmp_path)
     )
     until = time.monotonic() + 60
     place = str(tmp_path / "out" / "steps" / "distill-kpn-*" / ".work" / "*" / "epoch.pt")
-    while not glob(place) and time.monotonic() < until:  # noqa: PTH207: a Path minds folders that vanish
+    while not glob(place) and time.monotonic() < until:  # noqa: PTH207 - a Path minds folders that vanish
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait()
