@@ -29,7 +29,7 @@ from edgekd.stages.ssh import Device, Lost, answer, device, porter_path
 from tests import sshd
 from tests.standins.bundles import PROTOCOL, engine, make_bundle, sealed
 
-BLOCKS = 150
+BLOCKS, CALLS = 40, 3000  # a round of these toys takes long enough to be interrupted
 HOW = BenchConfig(blocks=3, metrics=("top1", "p50_ms"))
 needs_server = pytest.mark.skipif(bool(sshd.lacking()), reason=sshd.lacking() or "-")
 slow = pytest.mark.slow
@@ -61,7 +61,7 @@ def a_bundle(home: Path, **changes: Any) -> Bundle:
     manifest = json.loads((home / "manifest.json").read_text())
     (home / "run.sh").write_text(RUN)
     shutil.copy(runner_path(), home / "edgekd_runner.py")
-    sealed(home, manifest | {"protocol": PROTOCOL | {"blocks": BLOCKS}} | changes)
+    sealed(home, manifest | {"protocol": PROTOCOL | {"blocks": BLOCKS, "calls": CALLS}} | changes)
     return Bundle(File.of(home / "manifest.json"))
 
 
@@ -120,6 +120,8 @@ class Story:
         log.setLevel(logging.INFO)
         first = Call(home / "first", bundle, at(self.there))
         wait_for(lambda: self.rounds() > 3)
+        runner = runner_of(self.there)
+        os.kill(runner, signal.SIGSTOP)  # on a fast machine it would end before both are connected again
         pid = json.loads((self.there / "job.json").read_text())["pid"]
         second = Call(home / "second", bundle, at(self.there))
         wait_for(lambda: any("runs already" in line for line in self.said))
@@ -128,7 +130,10 @@ class Story:
         wait_for(lambda: sum("trying again" in line for line in self.said) >= 2)
         self.went_on = json.loads((self.there / "job.json").read_text())["pid"] == pid and os.kill(pid, 0) is None
         wait_for(lambda: server.steady(2))  # both are connected again
-        os.kill(runner_of(self.there), signal.SIGKILL)
+        before = self.rounds()
+        os.kill(runner, signal.SIGCONT)
+        wait_for(lambda: self.rounds() > before)
+        os.kill(runner, signal.SIGKILL)
         self.left = self.rounds()
         for call in (first, second):
             call.join(60)
