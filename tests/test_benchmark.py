@@ -12,9 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.core import plain, plugins
 from edgekd.core.artifact import File
@@ -26,33 +24,14 @@ from edgekd.stages import lineup, statistics
 from edgekd.stages.benchmark import BenchConfig, answer, benchmark, noise
 from edgekd.targets.cpu import Cpu
 from edgekd.targets.openvino import OpenVino
+from tests.standins.bundles import network
 
 SHAPE = (3, 8, 8)
 QUICK = BenchConfig(blocks=4, calls=5, warmup_s=0.05, metrics=("top1", "agreement", "min_ms", "p50_ms"))
 
 
 def classifier(path: Path, width: int, seed: int = 0, batch: int | str = 1) -> File:
-    """Two matrix products over a flattened image; `width` decides how long they take."""
-    random = np.random.default_rng(seed)
-    pixels = int(np.prod(SHAPE))
-    weights = {"a": random.standard_normal((pixels, width)), "b": random.standard_normal((width, 10))}
-    nodes = [
-        helper.make_node("Flatten", ["x"], ["flat"]),
-        helper.make_node("MatMul", ["flat", "a"], ["hidden"]),
-        helper.make_node("Relu", ["hidden"], ["active"]),
-        helper.make_node("MatMul", ["active", "b"], ["y"]),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "classifier",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, *SHAPE])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, 10])],
-        [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()],
-    )
-    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
-    onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, path)
-    return File.of(path)
+    return File.of(network(path, width, seed, batch, SHAPE, classes=10))
 
 
 def contestant(name: str, file: File, **changes: object) -> Contestant:

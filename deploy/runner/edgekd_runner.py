@@ -468,19 +468,19 @@ class Cuda:
     """libcudart, its functions by their names without `cuda`. A call that fails raises CudaFailure."""
 
     def __init__(self):
-        self.library = load_cudart()
-        self.library.cudaGetErrorString.argtypes = [ctypes.c_int]
-        self.library.cudaGetErrorString.restype = ctypes.c_char_p
+        self.cudart = load_cudart()
+        self.cudart.cudaGetErrorString.argtypes = [ctypes.c_int]
+        self.cudart.cudaGetErrorString.restype = ctypes.c_char_p
 
     def call(self, name, *arguments):
         try:
-            function = getattr(self.library, name)
+            function = getattr(self.cudart, name)
         except AttributeError:
             raise CudaFailure("this CUDA has no %s" % name, "use the CUDA of this device's JetPack", 1)
         function.argtypes, function.restype = CUDA[name], ctypes.c_int
         code = function(*arguments)
         if code:
-            words = self.library.cudaGetErrorString(code).decode()
+            words = self.cudart.cudaGetErrorString(code).decode()
             raise CudaFailure("%s: CUDA error %d, %s" % (name, code, words), "run `doctor`; reboot if it stays", 1)
 
     def number(self, name, *arguments, kind=ctypes.c_int):

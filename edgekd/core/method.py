@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
+from edgekd.core.errors import EdgekdError
 from edgekd.core.model import Model
 from edgekd.core.settings import Plugin
 
@@ -53,7 +54,7 @@ class Outcome:
 
 
 def not_here(model: Model) -> nn.Module:
-    raise NotImplementedError("this lesson cannot build networks")
+    raise EdgekdError(f"this lesson builds no networks, here a {type(model).__name__}", hint="give it a `build`")
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,17 @@ PROTOCOL = {"blocks": 4, "calls": 5, "warmup_s": 0.02, "warmup_calls": 10, "seed
 Told = list[dict[str, Any]]
 
 
-def network(path: Path, width: int, seed: int = 0, batch: int | str = 1) -> Path:
+def network(
+    path: Path,
+    width: int,
+    seed: int = 0,
+    batch: int | str = 1,
+    shape: tuple[int, ...] = SHAPE,
+    classes: int = CLASSES,
+) -> Path:
     """Two matrix products over a flattened image; `width` decides how long they take."""
     random = np.random.default_rng(seed)
-    sizes = {"a": (int(np.prod(SHAPE)), width), "b": (width, CLASSES)}
+    sizes = {"a": (int(np.prod(shape)), width), "b": (width, classes)}
     weights = {name: random.standard_normal(size).astype(np.float32) for name, size in sizes.items()}
     nodes = [
         helper.make_node("Flatten", ["x"], ["flat"]),
@@ -37,8 +44,8 @@ def network(path: Path, width: int, seed: int = 0, batch: int | str = 1) -> Path
     graph = helper.make_graph(
         nodes,
         "network",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, *SHAPE])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, CLASSES])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, *shape])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, classes])],
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
     )
     onnx.save(helper.make_model(graph, ir_version=7, opset_imports=[helper.make_opsetid("", 13)]), path)

@@ -70,7 +70,7 @@ class ILogger:
         self.ready = True
 
     def log(self, severity, msg):
-        raise NotImplementedError
+        raise NotImplementedError  # pure virtual in the real one, too: a logger must bring its own
 
 
 def listening(logger):
