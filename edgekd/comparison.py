@@ -26,7 +26,7 @@ from edgekd.core.ledger import Ledger, code
 from edgekd.core.method import Method
 from edgekd.core.model import Model
 from edgekd.core.task import Task
-from edgekd.pipeline import calibration, course, pricing, tasks, teach
+from edgekd.pipeline import calibration, course, pricing, rehearse_all, tasks, teach
 from edgekd.stages.calibrate import CalibrationSet
 from edgekd.stages.contest import Classroom, Taught
 from edgekd.stages.distill import Trained
@@ -57,6 +57,7 @@ def compare(config: BuildConfig, out: Path, jobs: int, command: str) -> Comparis
     with ledger.locked():
         task, taught = tasks(ledger, config)
         calib = calibration(ledger, config, task)
+        rehearse_all(ledger, config, task, calib, taught, [(e.model, e.method) for e in entries])
         teachers = teach(ledger, config, taught)
         known = tuple(
             Teacher(t.weights.name, g.readings, t.weights.parameters, g.macs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from edgekd.core.artifact import File, Weights
 from edgekd.core.errors import ConfigError
 from edgekd.core.ledger import Ledger
 from edgekd.core.method import Method
+from edgekd.core.model import Model
 from edgekd.core.record import DataFacts, Record
 from edgekd.core.task import SPLITS, Scale, Task
 from edgekd.delivery import Away, Material, deliver, export_all, fitted, named, readable
@@ -24,7 +26,8 @@ from edgekd.methods.alone import Alone
 from edgekd.stages.bundle import place
 from edgekd.stages.calibrate import CalibrationSet, collect
 from edgekd.stages.compare import table
-from edgekd.stages.distill import Course, Trained, adopt, distill
+from edgekd.stages.distill import Trained, adopt, distill
+from edgekd.stages.lesson import Course, Rehearsed, rehearse
 from edgekd.stages.prepare import exam, prepare
 from edgekd.stages.price import Priced
 from edgekd.stages.publish import Rendered, publish, rendered, replace_files, templates
@@ -58,6 +61,7 @@ def build(
         inputs = ledger.step("exam", File, exam, task)  # cheap, and may fail: before the hours of training
         calib = calibration(ledger, config, task)
         replace_files((calib.images, calib.manifest), calib_root / config.name)
+        rehearse_all(ledger, config, task, calib, taught, [(config.student.model, m) for m in methods(config)])
         teachers = teach(ledger, config, taught)
         students = teach_students(ledger, config, task, calib, teachers)
         material = Material(task, calib, inputs, (teachers[0], *students))
@@ -94,8 +98,10 @@ def distilled(config: BuildConfig, out: Path) -> tuple[Weights, ...]:
     ledger = Ledger(out / "steps")
     with ledger.locked():
         task, taught = tasks(ledger, config)
+        calib = calibration(ledger, config, task)
+        rehearse_all(ledger, config, task, calib, taught, [(config.student.model, m) for m in methods(config)])
         teachers = teach(ledger, config, taught)
-        students = teach_students(ledger, config, task, calibration(ledger, config, task), teachers)
+        students = teach_students(ledger, config, task, calib, teachers)
         return tuple(t.weights for t in (*teachers, *students))
 
 
@@ -111,6 +117,25 @@ def tasks(ledger: Ledger, config: BuildConfig) -> tuple[Task, tuple[Task, ...]]:
     task = ledger.step("data", Task, prepare, config.data, limit, scale)
     known = iter(taught)
     return task, tuple(task if source is None else next(known) for source in sources)
+
+
+def rehearse_all(
+    ledger: Ledger,
+    config: BuildConfig,
+    task: Task,
+    calib: CalibrationSet,
+    taught: tuple[Task, ...],
+    entries: Iterable[tuple[Model, Method]],
+) -> None:
+    """Raises ConfigError where a network and a method do not go together, before any training."""
+    teachers = (config.teacher, *config.more_teachers)
+    cast = tuple(
+        (c.model, ("",) * c.outputs if c.checkpoint and c.outputs else known.classes)
+        for c, known in zip(teachers, taught, strict=True)
+    )
+    for model, method in entries:
+        name, asked = f"rehearsal-{plugins.name_of(method)}", course(config, config.student.seed)
+        ledger.step(name, Rehearsed, rehearse, task, model, method, asked, cast, pricing(config, method, calib))
 
 
 def teacher_names(config: BuildConfig) -> list[str]:
@@ -144,7 +169,7 @@ def teach_students(
     """The chosen method's students first, then the baselines'; one without a teacher is always among them."""
     c = config.student
     made: list[Trained] = []
-    for method in unique((c.method, *c.baselines, Alone())):
+    for method in methods(config):
         name = plugins.name_of(method)
         made += ledger.step(
             f"distill-{name}",
@@ -159,6 +184,11 @@ def teach_students(
             pricing(config, method, calib),
         )
     return tuple(made)
+
+
+def methods(config: BuildConfig) -> tuple[Method, ...]:
+    """The chosen one, then the baselines; one without a teacher is always among them."""
+    return unique((config.student.method, *config.student.baselines, Alone()))
 
 
 def course(config: BuildConfig, seed: int) -> Course:

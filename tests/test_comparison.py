@@ -28,8 +28,9 @@ from edgekd.learn.trainer import TrainConfig
 from edgekd.pipeline import distilled
 from edgekd.stages.calibrate import CalibConfig
 from edgekd.stages.contest import Classroom
-from edgekd.stages.distill import Course, adopt
+from edgekd.stages.distill import adopt
 from edgekd.stages.grade import grade
+from edgekd.stages.lesson import Course
 from edgekd.stages.prepare import prepare
 from edgekd.stages.standings import Run, paired_interval, standings, verdict
 from tests import zoo
@@ -40,13 +41,15 @@ ALONE, KD, FINE_TUNE = (plugins.load("methods", name) for name in ("alone", "kd"
 
 
 TOYS = """
+import multiprocessing
 import os
 import signal
 from pathlib import Path
 from tests.zoo import Toy, nn
 
 def small():
-    if "LIVES" in os.environ:  # tells who builds it, so that a test can see whether that process lives
+    # tells in which lesson it is built, so that a test can see whether that process lives
+    if "LIVES" in os.environ and multiprocessing.parent_process():
         (Path(os.environ["LIVES"]) / str(os.getpid())).touch()
     return Toy()
 
@@ -57,7 +60,9 @@ def maps():
     return nn.Conv2d(3, 1, 3, padding=1)
 
 def deadly():
-    os.kill(os.getpid(), signal.SIGKILL)
+    if multiprocessing.parent_process():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Toy()
 """
 
 

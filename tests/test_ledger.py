@@ -138,7 +138,8 @@ from edgekd.core.task import Augment
 from edgekd.learn.trainer import TrainConfig
 from edgekd.methods.alone import Alone
 from edgekd.models.resnet import ResNet
-from edgekd.stages.distill import Course, Trained, distill
+from edgekd.stages.distill import Trained, distill
+from edgekd.stages.lesson import Course
 from tests import zoo
 
 home = Path(sys.argv[1])

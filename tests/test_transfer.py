@@ -6,23 +6,28 @@ import numpy as np
 import pytest
 import torch
 
-from edgekd.configuration import BuildConfig, StudentConfig, TeacherConfig
+from edgekd.configuration import BuildConfig, StudentConfig, TeacherConfig, configured
 from edgekd.core.errors import ConfigError, DataError
 from edgekd.core.ledger import Ledger
 from edgekd.core.method import Lesson
 from edgekd.core.task import Arrays, Augment
 from edgekd.data.folder import Folder
+from edgekd.learn.pairs import Pair
 from edgekd.learn.teachers import answering, answering_classes
 from edgekd.learn.trainer import TrainConfig, right
 from edgekd.methods.alone import Alone
+from edgekd.methods.channel_planting import ChannelPlanting
 from edgekd.methods.fine_tune import FineTune
+from edgekd.methods.fitnet import FitNet
 from edgekd.methods.kd import KD
-from edgekd.methods.kpn import KPN
+from edgekd.methods.kpn import KPN, Route
+from edgekd.methods.multi_teacher import MultiTeacher
 from edgekd.models.resnet import ResNet
 from edgekd.pipeline import build, distilled, tasks
 from edgekd.stages.benchmark import BenchConfig
 from edgekd.stages.calibrate import CalibConfig
-from edgekd.stages.distill import Course, Trained, few, knows
+from edgekd.stages.distill import Trained
+from edgekd.stages.lesson import Course, few, knows
 from edgekd.targets.cpu import Cpu
 from tests.pictures import write_folder
 
@@ -34,9 +39,9 @@ def trained(*classes):
 
 
 def test_what_a_teacher_knows_is_told_by_the_names_of_classes():
-    assert knows(("cat", "dog"), (trained("cat", "dog"),)) == ()
-    assert knows(("cat", "dog"), (trained("dog", "fox", "cat"), trained("cat", "dog"))) == ((2, 0), (0, 1))
-    assert knows(("cat", "dog"), (trained("", "", ""),)) == ((None, None),)
+    assert knows(("cat", "dog"), [("cat", "dog")]) == ()
+    assert knows(("cat", "dog"), [("dog", "fox", "cat"), ("cat", "dog")]) == ((2, 0), (0, 1))
+    assert knows(("cat", "dog"), [("", "", "")]) == ((None, None),)
 
 
 def a_lesson(teacher_knows, dense=False):
@@ -139,3 +144,20 @@ def test_a_build_with_one_target_twice_is_refused(root, tmp_path):
     config = replace(a_config(root, Alone()), targets=(Cpu(), Cpu()))
     with pytest.raises(ConfigError, match="a target is there twice"):
         build(config, tmp_path / "out", tmp_path / "calib", "")
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        (MultiTeacher(), "the method learns from 2 teacher"),
+        (FitNet(layers=(Pair("stage2.0", "stage9.0"),)), "has no layer `stage9.0`"),
+        (KPN(routes=(Route("stage3.0", "stage1.0"),)), "sizes"),
+        (ChannelPlanting(max_ms=1e-6), "ms already"),
+    ],
+)
+def test_what_a_method_refuses_is_refused_before_any_training(tmp_path, method, says):
+    config = configured("digits", (), (), True)
+    config = replace(config, student=replace(config.student, method=method, baselines=()))
+    with pytest.raises(ConfigError, match=says):
+        distilled(config, tmp_path)
+    assert not list((tmp_path / "steps").glob("teacher-*"))

@@ -26,7 +26,8 @@ from edgekd.core.method import Method
 from edgekd.core.model import Model
 from edgekd.core.target import Pricing
 from edgekd.core.task import Task
-from edgekd.stages.distill import Course, Trained, distill
+from edgekd.stages.distill import Trained, distill
+from edgekd.stages.lesson import Course
 
 
 @dataclass(frozen=True)

@@ -7,43 +7,26 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from edgekd.core import plain, plugins
 from edgekd.core.artifact import File, PhaseRecord, Weights
-from edgekd.core.errors import ConfigError, DataError
 from edgekd.core.ledger import KEEP
 from edgekd.core.method import Lesson, Method, Outcome, Phase, play
 from edgekd.core.model import Model
 from edgekd.core.progress import bar
-from edgekd.core.splits import per_class
 from edgekd.core.target import Pricing
-from edgekd.core.task import Arrays, Augment, Task
+from edgekd.core.task import Augment, Task
 from edgekd.learn import weights
-from edgekd.learn.feed import Feed
 from edgekd.learn.surgery import Surgery, difference, operated
-from edgekd.learn.trainer import TrainConfig, Trainer, arrange, freeze
+from edgekd.learn.trainer import TrainConfig, Trainer, freeze
 from edgekd.learn.trainer import replace as write
-
-
-@dataclass(frozen=True)
-class Course:
-    """How one network is taught, whatever the method."""
-
-    epochs: int
-    train: TrainConfig
-    augment: Augment
-    seed: int
-    labels_per_class: int | None = None  # use that many training images of each class; None: all; dense: in all
-    unlabelled: int = 0  # of the other training images, mixed in without their labels
-    labelled_share: float = 0.0  # of all these: labelled images are repeated where they are fewer
-    with_validation: bool = False  # learn from the validation split, too
+from edgekd.stages.lesson import Course, a_trainer, checked, the_lesson
 
 
 @dataclass(frozen=True)
@@ -82,23 +65,13 @@ def distill(
     trainer = a_trainer(task, course, device)
     trainer.reseed(-1)
 
-    def build(family: Model) -> nn.Module:
-        return placed(family.build(len(task.classes), task.shape[0]), device)
-
+    networks = (t.network() for t in teachers)
     notes: dict[str, Any] = {}
-    lesson = Lesson(
-        student=build(model),
-        teachers=tuple(placed(t.network(), device) for t in teachers),
-        epochs=course.epochs,
-        classes=len(task.classes),
-        sample=trainer.sample,
-        dense=task.dense,
-        knows=knows(task.classes, teachers),
-        build=build,
+    lesson = replace(
+        the_lesson(task, model, networks, [t.classes for t in teachers], trainer, course.epochs),
         price=remembered(pricing, out / KEEP) if pricing and pricing.possible() else None,
         note=notes.__setitem__,
     )
-    check_answers(lesson, task, [len(t.classes) for t in teachers])
     freeze(lesson)
     played = Played(out / KEEP, trainer, lesson, name)
     with played.progress():
@@ -121,13 +94,6 @@ def distill(
         )
         made.append(Trained(model, story, task.classes, task.shape[0], difference(built, module)))
     return tuple(made)
-
-
-def knows(classes: tuple[str, ...], teachers: tuple[Trained, ...]) -> tuple[tuple[int | None, ...], ...]:
-    """By teacher, its column for each class; empty if all of them answer just these classes."""
-    if all(t.classes == classes for t in teachers):
-        return ()
-    return tuple(tuple(t.classes.index(c) if c in t.classes else None for c in classes) for t in teachers)
 
 
 def remembered(pricing: Pricing, home: Path) -> Callable[[nn.Module], float]:
@@ -214,67 +180,3 @@ def recall(slot: Path, phase: Phase) -> PhaseRecord | None:
         module.load_state_dict(state)
         module.eval()
     return plain.load(PhaseRecord, json.loads((slot / "phase.json").read_text()))
-
-
-def a_trainer(task: Task, course: Course, device: torch.device) -> Trainer:
-    train, valid = task.train.load(), task.valid.load()
-    if course.labels_per_class is not None:
-        train = few(train, course)
-    if course.with_validation:
-        train = Arrays(np.concatenate([train.images, valid.images]), np.concatenate([train.labels, valid.labels]))
-    feeds = Feed(train, task, course.augment, device), Feed(valid, task, Augment(), device)
-    return Trainer(*feeds, course.train, course.seed, device)
-
-
-def few(train: Arrays, course: Course) -> Arrays:
-    """The labelled images of a course, then those whose labels are taken away."""
-    assert course.labels_per_class is not None
-    dense = train.labels.ndim > 1
-    # where there are no classes, all images are of one
-    chosen = per_class(
-        np.zeros(len(train.labels), np.int64) if dense else train.labels, course.labels_per_class, course.seed
-    )
-    others = np.setdiff1d(np.arange(len(train.labels)), chosen)
-    mixed = np.random.default_rng(course.seed).permutation(others)[: course.unlabelled]
-    if len(mixed) < course.unlabelled:
-        raise DataError(
-            f"unlabelled is {course.unlabelled}, but only {len(mixed)} training images are left beside the labelled",
-            hint=f"use {len(mixed)} or fewer",
-        )
-    hidden = np.full_like(train.labels[mixed], np.nan if dense else -1)
-    share = course.labelled_share
-    shown = np.resize(chosen, max(len(chosen), round(share / (1 - share) * len(mixed))))  # from the first on again
-    return Arrays(train.images[np.r_[shown, mixed]], np.concatenate([train.labels[shown], hidden]))
-
-
-def placed(module: nn.Module, device: torch.device) -> nn.Module:
-    arrange(module, device)
-    return module
-
-
-def check_answers(lesson: Lesson, task: Task, classes: list[int]) -> None:
-    """Every network must answer for its classes: the student for the task's, each teacher for so many."""
-    x = next(lesson.sample(1)).x[:2]
-    checked("student", lesson.student, x, task.answer(2))
-    for module, count in zip(lesson.teachers, classes, strict=True):
-        checked("teacher", module, x, (2, count, *task.answer(2)[2:]))
-
-
-@torch.no_grad()
-def checked(role: str, module: nn.Module, x: Tensor, shape: tuple[int, ...]) -> nn.Module:
-    """The module, if it answers two images with what is wanted. Raises ConfigError if not."""
-    try:
-        answer = module.eval()(x)
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"the {role} does not take images of shape {tuple(x.shape)}: {str(error).splitlines()[0]}",
-            hint="check its input channels, and data.size",
-        ) from error
-    if not isinstance(answer, Tensor) or answer.shape != shape:
-        got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
-        raise ConfigError(
-            f"the {role} answers {got} for {len(x)} images; its data has {shape[1]} classes",
-            hint=f"a {role} must give answers of shape (N, {', '.join(map(str, shape[1:]))}); "
-            "for a teacher of other classes set its `outputs`, or its `data`",
-        )
-    return module

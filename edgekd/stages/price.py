@@ -43,7 +43,13 @@ class Priced:
         made = export(out, "priced", network, inputs, None, self.export)
         file = quantize(out, made, self.calib.images, self.target.dialect, self.quantize).single.file
         save_array(out / "inputs.npy", np.ascontiguousarray(inputs))
-        run("bench", out, job({"priced": file}, self.target, File.of(out / "inputs.npy"), PROTOCOL), "price", 0)
+        run(
+            "bench",
+            out,
+            job({"priced": file}, self.target, File.of(out / "inputs.npy"), PROTOCOL),
+            "price",
+            PROTOCOL.blocks,
+        )
         (ns,) = nanoseconds(File.of(out / "samples.npz"), 1, PROTOCOL.blocks)
         shutil.rmtree(out)
         return nearest_rank(ns.ravel(), 50) / 1e6
