@@ -186,7 +186,7 @@ def teach_students(
     return tuple(made)
 
 
-def methods(config: BuildConfig) -> tuple[Method, ...]:
+def methods(config: BuildConfig) -> list[Method]:
     """The chosen one, then the baselines; one without a teacher is always among them."""
     return unique((config.student.method, *config.student.baselines, Alone()))
 
