@@ -13,6 +13,7 @@ from edgekd.core.ledger import Ledger
 from edgekd.core.record import Record
 from edgekd.delivery import named, read_off, shipped
 from edgekd.stages.bundle import MANIFEST, Bundle
+from edgekd.stages.gates import decide
 from edgekd.stages.publish import Rendered, publish, rendered, replace_files, templates
 from edgekd.stages.report import read as read_report
 from edgekd.stages.results import RESULT, read, taken
@@ -36,9 +37,11 @@ def import_result(path: Path, out: Path | None) -> tuple[Record, Path]:
         config = plain.load(BuildConfig, record.config)
         bench = read_off(ledger, name, made, returned, config.bench)
         bench = shipped(bench, named(config.targets)[name], record.students)
+        benches = tuple(bench if old.target == name else old for old in record.benches)
         record = replace(
             record,
-            benches=tuple(bench if old.target == name else old for old in record.benches),
+            benches=benches,
+            gates=decide(config.gates, benches),
             created=max(record.created, ledger.latest),
             step_seconds=record.step_seconds | ledger.seconds,
         )

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from edgekd import __version__
-from edgekd.core.errors import ConfigError, EdgekdError, os_failure
+from edgekd.console import emit, leave, run, say
+from edgekd.core.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -51,20 +51,25 @@ def build(
     dla: Annotated[bool | None, typer.Option("--dla", help="Use the Jetson's DLA instead of its GPU.")] = None,
     bundle: Annotated[bool, typer.Option("--bundle", help="Write a folder to send, for every target.")] = False,
     device: Annotated[str | None, typer.Option(help="Measure there: ssh://user@host[:port]/folder.")] = None,
+    lock_clocks: Annotated[
+        bool, typer.Option("--lock-clocks", help="Hold the clocks of the --device while it measures; as root there.")
+    ] = False,
     smoke: Smoke = False,
     json_: Json = False,
 ) -> None:
     """Distil, export, quantize, verify, measure and report; what did not change is not done again."""
     from edgekd import configuration, pipeline
     from edgekd.stages import ssh
+    from edgekd.stages.gates import exit_code
 
-    there = ssh.device(device) if device else None
+    there = ssh.asked(device, lock_clocks)
     config = configuration.configured(recipe, tuple(set_ or ()), tuple(target or ()), smoke)
     config = configuration.on_device(config, jetpack=jetpack, board=board, dla=dla)
     out = out or Path("runs") / config.name
     record = pipeline.build(config, out, calib_root, shlex.join(["edgekd", *sys.argv[1:]]), bundle, there)
     say(f"report: {out / 'report.html'}")
     emit(json_, pipeline.summary(record), pipeline.headline(record))
+    leave(exit_code(record.gates))
 
 
 @app.command()
@@ -143,11 +148,11 @@ def quantize(
     ] = None,
     jetpack: Annotated[str | None, typer.Option(help="Of the device; the dialect dla needs it.")] = None,
     method: Annotated[
-        str, typer.Option(help="How ranges are found: minmax, moving_average, percentile, entropy.")
+        str, typer.Option(help="How ranges are found: minmax, moving_average, percentile, entropy, mse, auto.")
     ] = "minmax",
     json_: Json = False,
 ) -> None:
-    """Quantize any ONNX file to INT8 for one target."""
+    """Quantize any ONNX file to INT8. Method auto: the least error against FP32 on a quarter of --calib, held out."""
     from edgekd.stages.by_name import described, facts, quantize_by_name
 
     made = quantize_by_name(model, calib, out, target, dialect, jetpack, method)
@@ -167,6 +172,24 @@ def lint(
     emit(json_, stage.as_json(verdict), stage.described(verdict))
     if verdict.count("error"):
         raise typer.Exit(1)
+
+
+@app.command()
+def explain(
+    model: Annotated[Path, typer.Argument(help="An INT8 ONNX file, of edgekd or of another tool.")],
+    reference: Annotated[Path | None, typer.Option(help="The FP32 file that it was made from.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Network inputs, .npz or .npy; noise if not given.")] = None,
+    target: Annotated[str, typer.Option("--target", "-t", help="Where it runs: cpu, openvino or jetson.")] = "cpu",
+    jetpack: Annotated[str | None, typer.Option(help="Of the target jetson; 6.2 if not given.")] = None,
+    threads: Annotated[int, typer.Option(help="Of the runtime.")] = 1,
+    json_: Json = False,
+) -> None:
+    """Tell why an INT8 file is not faster, or not accurate, and the switch to change."""
+    from edgekd.stages.explain.explanation import as_json, described
+    from edgekd.stages.explain.look import explain as look
+
+    told = look(model, reference, images, target, jetpack, threads)
+    emit(json_, as_json(told), described(told))
 
 
 @app.command()
@@ -200,10 +223,12 @@ def import_result(
 ) -> None:
     """Put what a device measured into the report of the build that made its bundle."""
     from edgekd import arrival, pipeline
+    from edgekd.stages.gates import exit_code
 
     record, folder = arrival.import_result(result, out)
     say(f"report: {folder / 'report.html'}")
     emit(json_, pipeline.summary(record), pipeline.headline(record))
+    leave(exit_code(record.gates))
 
 
 @app.command()
@@ -235,18 +260,10 @@ def list_(
     json_: Json = False,
 ) -> None:
     """What there is to choose from."""
-    from edgekd.core import plugins
-    from edgekd.core.config import recipes, text
+    from edgekd.stages.catalogue import catalogue, described
 
-    kinds = (*plugins.FOLDERS, "recipes")
-    if kind is not None and kind not in kinds:
-        raise plugins.unknown(f"there is no kind `{kind}`", kind, list(kinds))
-    found = {folder: {n: plugins.summary(folder, n) for n in plugins.names(folder)} for folder in plugins.FOLDERS}
-    found["recipes"] = {name: text(name).partition("\n")[0].lstrip("# ") for name in recipes()}
-    chosen = {k: v for k, v in found.items() if kind in (None, k)}
-    width = max(len(name) for v in chosen.values() for name in v)
-    lines = [f"{k}\n" + "\n".join(f"  {name:<{width}} {line}" for name, line in v.items()) for k, v in chosen.items()]
-    emit(json_, chosen, "\n".join(lines))
+    found = catalogue(kind)
+    emit(json_, found, described(found))
 
 
 @app.command()
@@ -262,33 +279,5 @@ def doctor(json_: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def say(text: str) -> None:
-    """For people: on stderr."""
-    logging.getLogger(__name__).info(text)
-
-
-def emit(as_json: bool, data: Any, text: str) -> None:
-    """For machines or pipes: on stdout."""
-    typer.echo(json.dumps(data) if as_json else text)
-
-
 def main() -> NoReturn:
-    """Run, and turn what went wrong into a sentence and an exit code."""
-    usage: Any = typer.BadParameter.__mro__[2]  # typer's ClickException, whichever package it comes from
-    try:
-        code = app(standalone_mode=False) or 0
-    except EdgekdError as error:
-        code = failed(str(error), error.exit_code)
-    except usage as error:
-        error.show()
-        code = error.exit_code
-    except OSError as error:
-        code = failed(os_failure(error), 1)
-    except (KeyboardInterrupt, typer.Abort):
-        code = failed("interrupted\n\nhint: the same command again goes on where this one stopped", 130)
-    sys.exit(code)
-
-
-def failed(text: str, code: int) -> int:
-    typer.echo(f"error: {text}", err=True)
-    return code
+    sys.exit(run(app))

@@ -209,7 +209,7 @@ def contest(
             task,
             entry.model,
             entry.method,
-            course(config, seed),
+            course(config, task, entry.method, seed),
             teachers,
             pricing(config, entry.method, calib),
         )

@@ -9,6 +9,7 @@ from typing import Any
 from edgekd.core import plain, plugins
 from edgekd.core.config import read
 from edgekd.core.errors import ConfigError
+from edgekd.core.gate import Gate
 from edgekd.core.method import Method
 from edgekd.core.model import Model
 from edgekd.core.settings import Settings
@@ -19,7 +20,7 @@ from edgekd.stages.benchmark import BenchConfig
 from edgekd.stages.bundle import BundleConfig
 from edgekd.stages.calibrate import CalibConfig
 from edgekd.stages.export import ExportConfig
-from edgekd.stages.quantize import QuantizeConfig
+from edgekd.stages.ranges import QuantizeConfig
 
 SMOKE_METRICS = ("top1", "agreement", "delta1", "rmse", "p50_ms")
 
@@ -111,6 +112,7 @@ class BuildConfig(Settings):
     quantize: QuantizeConfig = QuantizeConfig()
     bench: BenchConfig = BenchConfig()
     bundle: BundleConfig = BundleConfig()
+    gates: tuple[Gate, ...] = ()  # what ships must reach, or the build fails
     compare: CompareConfig = CompareConfig()
     more_teachers: tuple[TeacherConfig, ...] = ()  # for methods that learn from several
     scale: Scale | None = None  # of the inputs, where a checkpoint demands it; None: that of the (teacher's) images
@@ -134,6 +136,7 @@ def smoke(config: BuildConfig) -> BuildConfig:
         calib=replace(config.calib, images=16),
         bench=replace(config.bench, blocks=4, calls=16, warmup_s=0.05, metrics=SMOKE_METRICS),
         bundle=BundleConfig(images=64, checked=32),
+        gates=(),
         compare=replace(config.compare, seeds=min(config.compare.seeds, 2)),
     )
 

@@ -17,15 +17,18 @@ from edgekd.core.onnx_facts import Exported
 from edgekd.core.target import Target
 from edgekd.core.task import Task
 from edgekd.core.trial import BenchResult, Contestant, Role
+from edgekd.stages import local, remote
 from edgekd.stages.assign import assigned
 from edgekd.stages.benchmark import BenchConfig, benchmark, runner_path
 from edgekd.stages.bundle import Bundle, Sent, bundle
 from edgekd.stages.calibrate import CalibrationSet
 from edgekd.stages.carry import export_trained
+from edgekd.stages.choice import most_accurate
 from edgekd.stages.distill import Trained
 from edgekd.stages.publish import replace_files
-from edgekd.stages.quantize import Ranges, quantize_with, ranges_of
-from edgekd.stages.remote import Place, look, measure
+from edgekd.stages.quantize import quantize_with
+from edgekd.stages.ranges import Ranges, candidates_of
+from edgekd.stages.remote import Place
 from edgekd.stages.results import RESULT, Returned, measured, read, taken
 from edgekd.stages.ssh import Device, porter_path
 
@@ -102,14 +105,14 @@ def deliver(
 ) -> Delivered:
     """Quantize the chosen method's students for one target, and measure them against everything else.
 
-    What cannot be measured here goes into a bundle, and to the device if there is one. Results of that very bundle
-    that are in the build's folder already count, too.
+    What cannot be measured here goes into a bundle, and to the device if there is one; what builds engines runs its
+    bundle here. Results of that very bundle that are in the build's folder already count, too.
     """
     task, networks = material.task, material.networks
     for sentence in target.delivery.instead:
         log.info("%s: %s", name, sentence)
     chosen = [t.weights.name for t in networks[1:] if t.weights.method == plugins.name_of(config.student.method)]
-    ranges, int8s = quantized(ledger, config, name, target, material.calib, {n: exported[n] for n in chosen})
+    ranges, int8s = quantized(ledger, config, name, target, material, {n: exported[n] for n in chosen})
     sent = []
     for trained in networks:
         n, method = trained.weights.name, trained.weights.method
@@ -117,14 +120,14 @@ def deliver(
         int8 = int8s[n].single if n in int8s else None
         sent.append(Sent(n, role, method, trained.classes == task.classes, exported[n].single, int8, ranges.get(n)))
     bare, made = replace(target, budget_ms=None), None
-    reason = elsewhere(target)
-    if away.bundles or away.device or reason or (away.results(name) / RESULT).exists():
+    reason = target.missing()
+    if away.bundles or away.device or reason or builds(target) or (away.results(name) / RESULT).exists():
         files = (material.calib.images, material.inputs, task.test.labels, File.of(runner_path()))
         made = ledger.step(
             f"bundle-{name}", Bundle, bundle, config.name, name, bare, tuple(sent), *files, config.bundle, config.bench
         )
     students = [t.weights for t in networks[1:]]
-    returned = made and bring(ledger, name, made, away)
+    returned = made and bring(ledger, name, target, made, away)
     if made and returned:
         bench = read_off(ledger, name, made, returned, config.bench)
         return Delivered(shipped(bench, target, students), int8s, made)
@@ -148,31 +151,39 @@ def deliver(
 
 def shipped(bench: BenchResult, target: Target, students: Iterable[Weights]) -> BenchResult:
     """With the student for the target: validation accuracy chooses."""
-    return assigned(bench, target.budget_ms, {f"{w.name} int8": w.valid_accuracy or 0.0 for w in students})
+    accuracy = {w.name: w.valid_accuracy or 0.0 for w in students}
+    rows = [m.contestant.name for m in bench.measurements]
+    return assigned(bench, target.budget_ms, {r: a for r in rows for n, a in accuracy.items() if r.startswith(f"{n} ")})
 
 
 def fitted(ledger: Ledger, config: BuildConfig, device: Device) -> BuildConfig:
     """With the target as the device needs it. Raises ConfigError unless there is one target, and what `look` raises."""
     if len(config.targets) != 1:
         raise ConfigError(f"a device is for one target, here are {len(config.targets)}", hint="choose it with --target")
-    place = ledger.given(File.of(porter_path())).step("device", Place, look, device)
-    return replace(config, targets=(config.targets[0].on(place.machine),))
+    place = ledger.given(File.of(porter_path())).step("device", Place, remote.look, device)
+    return replace(config, targets=(config.targets[0].on(place.machine, place.flags),))
 
 
-def bring(ledger: Ledger, name: str, made: Bundle, away: Away) -> Returned | None:
-    """The results of a bundle: from the device, or those in the build's folder. None if there are none of it."""
+def builds(target: Target) -> bool:
+    """Whether its runtime makes engines of ONNX files, so that it is measured by its bundle on this machine, too."""
+    return target.runtime == "tensorrt"
+
+
+def bring(ledger: Ledger, name: str, target: Target, made: Bundle, away: Away) -> Returned | None:
+    """The results of a bundle: from the device, those in the build's folder, or of its run here. None without any."""
     home = away.results(name)
     if away.device:
-        found = ledger.given(File.of(porter_path())).step(f"device-{name}", Returned, measure, made, away.device)
+        found = ledger.given(File.of(porter_path())).step(f"device-{name}", Returned, remote.measure, made, away.device)
         replace_files((*found.arrays, found.result), home)
         return found
-    if not (home / RESULT).exists():
-        return None
-    if read(home / RESULT)["bundle"] != made.manifest.sha256:
+    if (home / RESULT).exists():
+        if read(home / RESULT)["bundle"] == made.manifest.sha256:
+            log.info("%s: measured elsewhere, by the results in `%s`", name, home)
+            return taken(home, made)
         log.info("%s: the results in `%s` are of an earlier bundle, and count no longer", name, home)
-        return None
-    log.info("%s: measured elsewhere, by the results in `%s`", name, home)
-    return taken(home, made)
+    if builds(target) and not target.missing():
+        return ledger.given(local.look(made)).step(f"run-{name}", Returned, local.measure, made)
+    return None
 
 
 def read_off(ledger: Ledger, name: str, made: Bundle, returned: Returned, config: BenchConfig) -> BenchResult:
@@ -185,18 +196,12 @@ def metrics(config: BenchConfig) -> dict[str, object]:
     return {name: code(plugins.places("metrics")[name]) for name in config.metrics}
 
 
-def elsewhere(target: Target) -> str:
-    """Why a build does not measure on a target itself; empty where it does."""
-    own = "TensorRT builds its engines from a bundle" if target.runtime == "tensorrt" else ""
-    return target.missing() or own
-
-
 def quantized(
     ledger: Ledger,
     config: BuildConfig,
     name: str,
     target: Target,
-    calib: CalibrationSet,
+    material: Material,
     exported: dict[str, Exported],
 ) -> tuple[dict[str, Ranges], dict[str, Exported]]:
     """The ranges of every student that the target runs in INT8, and its INT8 files where the dialect has such.
@@ -208,10 +213,22 @@ def quantized(
     end = suffix(config, readable(config, target))
     ranges, int8s = {}, {}
     for n, made in exported.items():
-        ranges[n] = ledger.step(f"ranges-{n}{end}", Ranges, ranges_of, made, calib.images, config.quantize)
+        found = ledger.step(
+            f"ranges-{n}{end}", dict[str, Ranges], candidates_of, made, material.calib.images, config.quantize
+        )
+        ranges[n] = ledger.step(
+            f"method-{n}-{name}",
+            Ranges,
+            most_accurate,
+            made,
+            material.calib.images,
+            target.dialect,
+            found,
+            material.task,
+        )
         if target.dialect.form != "cache":
             int8s[n] = ledger.step(
-                f"quantize-{n}-{name}", Exported, quantize_with, made, calib.images, target.dialect, ranges[n]
+                f"quantize-{n}-{name}", Exported, quantize_with, made, material.calib.images, target.dialect, ranges[n]
             )
     return ranges, int8s
 

@@ -24,9 +24,10 @@ from edgekd.delivery import Away, Material, deliver, export_all, fitted, named, 
 from edgekd.learn.trainer import TrainConfig, resolved
 from edgekd.methods.alone import Alone
 from edgekd.stages.bundle import place
-from edgekd.stages.calibrate import CalibrationSet, collect
+from edgekd.stages.calibrate import CalibrationSet, collect, own_file
 from edgekd.stages.compare import table
 from edgekd.stages.distill import Trained, adopt, distill
+from edgekd.stages.gates import check, decide
 from edgekd.stages.lesson import Course, Rehearsed, rehearse
 from edgekd.stages.prepare import exam, prepare
 from edgekd.stages.price import Priced
@@ -57,6 +58,7 @@ def build(
         if device:
             config = fitted(ledger, config, device)  # before the hours of training
         targets = named(config.targets)
+        check(config.gates, config.bench.metrics, targets)
         task, taught = tasks(ledger, config)
         inputs = ledger.step("exam", File, exam, task)  # cheap, and may fail: before the hours of training
         calib = calibration(ledger, config, task)
@@ -72,6 +74,7 @@ def build(
             for name, target in targets.items()
         }
         groups = (*exported.values(), *(d.int8s for d in delivered.values()))
+        benches = tuple(d.bench for d in delivered.values())
         record = Record(
             name=config.name,
             edgekd=__version__,
@@ -82,9 +85,10 @@ def build(
             teacher=teachers[0].weights,
             students=tuple(s.weights for s in students),
             models=tuple(made.single for group in groups for made in group.values()),
-            benches=tuple(d.bench for d in delivered.values()),
+            benches=benches,
             versions={name: version(name) for name in PACKAGES},
             step_seconds=dict(ledger.seconds),
+            gates=decide(config.gates, benches),
         )
         publish(ledger.given(templates()).step("report", Rendered, rendered, record), out)
         for name, d in delivered.items():
@@ -134,7 +138,7 @@ def rehearse_all(
         for c, known in zip(teachers, taught, strict=True)
     )
     for model, method in entries:
-        name, asked = f"rehearsal-{plugins.name_of(method)}", course(config, config.student.seed)
+        name, asked = f"rehearsal-{plugins.name_of(method)}", course(config, task, method, config.student.seed)
         ledger.step(name, Rehearsed, rehearse, task, model, method, asked, cast, pricing(config, method, calib))
 
 
@@ -143,7 +147,9 @@ def teacher_names(config: BuildConfig) -> list[str]:
 
 
 def calibration(ledger: Ledger, config: BuildConfig, task: Task) -> CalibrationSet:
-    return ledger.step("calib", CalibrationSet, collect, task, config.calib, plugins.name_of(config.data))
+    return ledger.given(own_file(config.calib)).step(
+        "calib", CalibrationSet, collect, task, config.calib, plugins.name_of(config.data)
+    )
 
 
 def teach(ledger: Ledger, config: BuildConfig, taught: tuple[Task, ...]) -> tuple[Trained, ...]:
@@ -179,7 +185,7 @@ def teach_students(
             task,
             c.model,
             method,
-            course(config, c.seed),
+            course(config, task, method, c.seed),
             teachers,
             pricing(config, method, calib),
         )
@@ -191,11 +197,12 @@ def methods(config: BuildConfig) -> list[Method]:
     return unique((config.student.method, *config.student.baselines, Alone()))
 
 
-def course(config: BuildConfig, seed: int) -> Course:
-    """How every student is taught."""
+def course(config: BuildConfig, task: Task, method: Method, seed: int) -> Course:
+    """How a student is taught: all methods see equally many images."""
     c = config.student
     images = (c.labels_per_class, c.unlabelled, c.labelled_share)
-    return Course(c.epochs, ready(c.train), config.data.augment, seed, *images)
+    made = Course(c.epochs, ready(c.train), config.data.augment, seed, *images)
+    return made.labelled(1 if task.dense else len(task.classes)) if method.LABELS_ONLY else made
 
 
 def pricing(config: BuildConfig, method: Method, calib: CalibrationSet) -> Priced | None:
@@ -235,11 +242,14 @@ def summary(record: Record) -> dict[str, object]:
         },
         "ships": {bench.target: bench.ships for bench in record.benches if bench.ships},
         "not_measured": {bench.target: bench.not_measured for bench in record.benches if bench.not_measured},
+        "gates": [
+            {"target": d.target, "gate": d.gate.words, "outcome": d.outcome, "why": d.reason} for d in record.gates
+        ],
     }
 
 
 def headline(record: Record) -> str:
-    """What a person wants to know of a build: the comparison on every target."""
-    return "\n\n".join(
-        f"{b.target}: {unmeasured(b.not_measured)}" if b.not_measured else table(b) for b in record.benches
-    )
+    """What a person wants to know of a build: the comparison on every target, and the gates."""
+    parts = [f"{b.target}: {unmeasured(b.not_measured)}" if b.not_measured else table(b) for b in record.benches]
+    gates = [f"gate on {d.target}, {d.gate.words}: {d.outcome}, {d.reason}" for d in record.gates]
+    return "\n\n".join([*parts, *filter(None, ["\n".join(gates)])])

@@ -20,6 +20,7 @@ RANK = {
     "stages": 3,
     "recipes": 4,
     "configuration": 4,
+    "console": 4,
     "delivery": 5,
     "pipeline": 5,
     "comparison": 5,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from edgekd.core.artifact import File
-from edgekd.core.trial import BenchResult, Contestant, Measurement
+from edgekd.core.trial import BenchResult, Contestant, Interval, Measurement
 from edgekd.stages.assign import assigned
 from edgekd.stages.calibrate import CalibConfig, CalibrationSet, collect
 from edgekd.stages.export import ExportConfig
@@ -17,7 +17,7 @@ from edgekd.stages.quantize import QuantizeConfig
 from edgekd.targets.cpu import Cpu
 from tests import zoo
 
-ACCURACY = {"small int8": 0.7, "middle int8": 0.8, "large int8": 0.9}
+ACCURACY = {"small int8": 0.7, "middle int8": 0.8, "large int8": 0.9, "large fp32": 0.9, "large fp16": 0.9}
 
 
 def measured(name, role="student", precision="int8", **readings):
@@ -85,3 +85,19 @@ def test_pricing_leaves_the_network_as_it_was(tmp_path, priced):
     priced.price_ms(tmp_path / "price", network)
     assert network.training
     assert all(np.array_equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_where_there_is_no_int8_the_fastest_floats_ship(bench):
+    floats = [m for m in bench.measurements if m.contestant.precision != "int8"]
+    both = replace(bench, measurements=(*floats, measured("large", precision="fp16", p50_ms=0.4)))
+    assert assigned(both, None, ACCURACY).ships == "large fp16"
+    assert assigned(replace(bench, measurements=tuple(floats)), None, ACCURACY).ships == "large fp32"
+
+
+@pytest.mark.parametrize(
+    ("fp16", "ships"), [(Interval(2.5, 2.6, 2.7), "large fp16"), (Interval(1.9, 2.2, 2.5), "large int8")]
+)
+def test_int8_that_is_slower_beyond_doubt_does_not_ship(bench, fp16, ships):
+    rows = (measured("large", p50_ms=1.0), measured("large", precision="fp16", p50_ms=0.9))
+    both = tuple(replace(m, speedup=ratio) for m, ratio in zip(rows, (Interval(1.9, 2.0, 2.1), fp16), strict=True))
+    assert assigned(replace(bench, measurements=both), None, ACCURACY).ships == ships

@@ -24,7 +24,8 @@ from edgekd.core.ledger import Ledger
 from edgekd.stages.benchmark import BenchConfig, runner_path
 from edgekd.stages.bundle import Bundle, BundleConfig, Sent, bundle, place
 from edgekd.stages.export import ExportConfig, export
-from edgekd.stages.quantize import QuantizeConfig, quantize_with, ranges_of
+from edgekd.stages.quantize import quantize_with
+from edgekd.stages.ranges import QuantizeConfig, ranges_of
 from edgekd.targets.cpu import Cpu
 from edgekd.targets.jetson import Jetson
 from edgekd.targets.tensorrt import TensorRt

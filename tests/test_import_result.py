@@ -149,6 +149,7 @@ def test_a_build_over_ssh_is_one_command_and_a_second_one_needs_no_device(place,
     [
         (("--device", "telnet://board/x"), "by SSH only"),
         (("--target", "openvino", "--device", "ssh://board/x"), "a device is for one target"),
+        (("--lock-clocks",), "--lock-clocks is for a device"),
     ],
 )
 def test_a_device_that_makes_no_sense_is_refused_before_anything_is_trained(words, said, tmp_path):

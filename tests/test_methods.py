@@ -42,7 +42,13 @@ class Class:
         student = STUDENTS.get(name, lambda: zoo.Toy(2))()
         teachers = tuple(zoo.Toy(4) for _ in range(TEACHERS.get(name, 1)))
         self.lesson = Lesson(
-            student, teachers, EPOCHS, zoo.CLASSES, self.trainer.sample, build=lambda model: model.build(zoo.CLASSES, 1)
+            student,
+            teachers,
+            EPOCHS,
+            zoo.CLASSES,
+            self.trainer.sample,
+            build=lambda model: model.build(zoo.CLASSES, 1),
+            blueprint=lambda network: zoo.drafted(home / "draft", network),
         )
         self.work = home / "work"
         self.watch = watch

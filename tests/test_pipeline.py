@@ -10,6 +10,7 @@ import sys
 import time
 from glob import glob
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import onnxruntime
@@ -167,3 +168,23 @@ def test_list_and_doctor_speak_to_machines_too(tmp_path):
     assert {"what", "fine", "detail", "fix", "needed"} == set(
         json.loads(edgekd("doctor", "--json", cwd=tmp_path).stdout)[0]
     )
+
+
+@pytest.mark.slow
+def test_gates_decide_the_exit_code(tmp_path):
+    small = ["--set", "images_per_class=60", "--set", "teacher.epochs=2", "--set", "student.epochs=2"]
+    quick = ["--set", "bench.blocks=4", "--set", "bench.metrics=[top1, agreement, p50_ms]", "--set", "calib.images=16"]
+    gates = {
+        0: "[{measure: macs, at_most: 1e12}]",
+        3: "[{measure: macs, at_most: 1e12}, {measure: top1, at_least: 100.1}]",
+        4: "[{measure: macs, at_most: 1e12}, {measure: macs, at_most: 1, target: jetson}]",
+    }
+    for code, asked in gates.items():
+        words = ["build", "digits", *small, *quick, "--set", f"gates={asked}", "--out", "run", "--json", "-t", "cpu"]
+        words += ["-t", "jetson"] if code == 4 else []
+        done = edgekd(*words, cwd=tmp_path, check=False)
+        assert done.returncode == code, done.stderr
+        outcomes = [gate["outcome"] for gate in json.loads(done.stdout)["gates"]]
+        assert outcomes[0] == "passed" and outcomes[-1] == {0: "passed", 3: "failed", 4: "undecided"}[code]
+        suite = ElementTree.parse(tmp_path / "run" / "junit.xml").getroot()
+        assert suite.get("tests") == str(len(outcomes))

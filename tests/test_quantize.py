@@ -18,7 +18,8 @@ from edgekd.models.resnet import CifarResNet
 from edgekd.stages.calibrate import CalibConfig, collect, load_calibration
 from edgekd.stages.export import ExportConfig, export
 from edgekd.stages.prepare import prepare
-from edgekd.stages.quantize import QuantizeConfig, calibrate, convert, quantize, quantize_file
+from edgekd.stages.quantize import convert, quantize, quantize_file
+from edgekd.stages.ranges import METHODS, QuantizeConfig, calibrate
 from tests.test_export import Awkward
 
 X86 = Dialect("uint8", symmetric_activation=False)
@@ -227,7 +228,7 @@ def test_the_same_input_gives_the_same_bytes(exported, images, int8, tmp_path):
     assert b"/tmp" not in again.single.file.path.read_bytes()
 
 
-@pytest.mark.parametrize("method", ["minmax", "moving_average", "percentile", "entropy"])
+@pytest.mark.parametrize("method", [*METHODS, "auto"])
 def test_every_way_to_find_ranges_keeps_most_answers(exported, images, test_inputs, tmp_path, method):
     path, inputs = exported.single.file.path, load_calibration(images.path, SPEC)
     made = quantize_file(path, tmp_path / "int8.onnx", inputs, X86, QuantizeConfig(method=method))

@@ -12,20 +12,27 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from edgekd.configuration import configured
 from edgekd.core.artifact import File
 from edgekd.core.errors import Busy, ConfigError, EdgekdError, StaleArtifact, TargetUnavailable
+from edgekd.core.ledger import Ledger
+from edgekd.core.processor import flags
+from edgekd.delivery import fitted
 from edgekd.stages.benchmark import BenchConfig, runner_path
 from edgekd.stages.bundle import Bundle
+from edgekd.stages.follow import Seen
 from edgekd.stages.instructions import RUN
-from edgekd.stages.remote import Place, Seen, look, measure
+from edgekd.stages.remote import Place, look, measure
 from edgekd.stages.results import measured
-from edgekd.stages.ssh import Device, Lost, answer, device, porter_path
+from edgekd.stages.ssh import Device, Lost, answer, asked, device, porter_path
+from edgekd.targets.cpu import here
 from tests import sshd
 from tests.standins.bundles import PROTOCOL, engine, make_bundle, sealed
 
@@ -67,6 +74,13 @@ def a_bundle(home: Path, **changes: Any) -> Bundle:
 
 def at(folder: Path, python: str = sys.executable) -> Device:
     return device(f"ssh://device{folder}?python={python}")
+
+
+def python_with(path: Path, words: str) -> str:
+    """A program that stands in for Python on the device, and does something before it."""
+    path.write_text(f"#!/bin/sh\n{words.replace('PYTHON', sys.executable)}\n")
+    path.chmod(0o755)
+    return str(path)
 
 
 def wait_for(there: Callable[[], Any]) -> None:
@@ -407,7 +421,7 @@ def test_an_address_is_read_as_people_write_it():
 
 
 def test_a_job_that_left_no_exit_code_is_told_as_gone():
-    error = Seen(0, {}, [], None).failure(device("ssh://board/x"))
+    error = Seen().failure("board")
     told(error, "the job is gone", "picks up")
 
 
@@ -422,4 +436,58 @@ def test_the_device_needs_python_3_6_and_the_standard_library_only():
 
 @needs_server
 def test_a_device_says_what_it_is(server, tmp_path):
-    assert look(tmp_path, at(tmp_path)) == Place(os.uname().machine)
+    assert look(tmp_path, at(tmp_path)) == Place(os.uname().machine, tuple(sorted(flags())))
+
+
+@needs_server
+@pytest.mark.skipif(here() != "x86", reason="only on x86 do weights depend on the processor")
+@pytest.mark.parametrize("said", ["flags\t\t: fpu avx2 avx512f", "vendor_id\t: none", "flags : avx2 avx512_vnni"])
+def test_weights_fit_the_processor_of_the_device_or_all_where_it_does_not_tell(said, server, tmp_path):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{said}\n")
+    shown = f"mount --bind {tmp_path}/cpuinfo /proc/cpuinfo"
+    if os.geteuid() or subprocess.run(["unshare", "-m", "sh", "-c", shown], check=False, stderr=-3).returncode:
+        pytest.skip("only root can show a process another processor")
+    python = python_with(tmp_path / "python", f'exec unshare -m sh -c \'{shown} && exec PYTHON "$@"\' sh "$@"')
+    config = fitted(Ledger(tmp_path / "steps"), configured("digits", (), ("cpu",), True), at(tmp_path, python))
+    (target,) = config.targets
+    assert target.dialect.reduce_range == ("vnni" not in said)
+    assert bool(target.delivery.instead) == ("vnni" not in said)
+
+
+# --- clocks ---
+
+
+@needs_server
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can lock clocks")
+def test_clocks_are_locked_there_if_asked_and_a_result_with_free_clocks_is_not_taken_for_it(server, tmp_path):
+    quick = a_bundle(tmp_path / "bundle", protocol=PROTOCOL)
+    clocks, calls = tmp_path / "bin" / "jetson_clocks", tmp_path / "calls"
+    clocks.parent.mkdir()
+    clocks.write_text(f'#!/bin/sh\necho "clocks $1" >>{calls}\n[ "$1" != --store ] || echo >"$2"\n')
+    clocks.chmod(0o755)
+    free = at(tmp_path / "there", python_with(tmp_path / "python", f'PATH={tmp_path}/bin:$PATH exec PYTHON "$@"'))
+    locked, found = replace(free, lock_clocks=True), []
+    for number, to in enumerate((free, locked, locked, free)):
+        (tmp_path / str(number)).mkdir()
+        bench = measure(tmp_path / str(number), quick, to).read()["bench"]
+        found.append((bench["locked"], calls.read_text().split("\n")[:-1] if calls.exists() else []))
+    once = ["clocks --store", "clocks ", "clocks --restore"]
+    assert found == [(False, []), (True, once), (True, once), (False, once)]
+
+
+def test_clocks_of_a_device_that_is_not_roots_are_refused_before_anything_is_sent(tmp_path):
+    code = "import os; os.geteuid = lambda: 1000\n" + porter_path().read_text()
+    wanted = {"folder": str(tmp_path / "there"), "words": ["--lock-clocks"], "bundle": "", "files": {}}
+    code += f"\nsys.exit(main('survey', {wanted!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 3 and "only root" in done.stderr and "ssh://root@host/folder" in done.stderr
+    assert not (tmp_path / "there").exists()
+
+
+def test_locked_clocks_are_asked_of_a_device_only():
+    assert asked(None, False) is None
+    one, other = (asked("ssh://board/x", lock) for lock in (False, True))
+    assert one != other and (one.options, other.options) == ([], ["--lock-clocks"])
+    with pytest.raises(ConfigError, match="is for a device") as failure:
+        asked(None, True)
+    assert "--device" in failure.value.hint

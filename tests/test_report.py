@@ -133,6 +133,7 @@ def record(tmp_path: Path) -> Record:
         samples=samples(home),
         started="2026-11-20T10:11:12Z",
         seconds=61.2,
+        ships="student int8",
     )
     board = BenchResult(
         "jetson", f"no board was named {EVIL}", None, None, {}, None, (), (), None, "2026-11-20T10:12:13Z", 0.0
@@ -236,8 +237,8 @@ def test_every_number_of_every_measurement_is_in_every_format(record, tmp_path):
         c, r = m.contestant, m.readings
         shown = [words.percent(r[k], 360).removesuffix(" %") for k in ("top1", "agreement")]
         shown += [words.figures(r[k]) for k in ("p50_ms", "p90_ms", "p99_ms")]
-        shown += [words.file_size(c.file.bytes), words.count(c.macs), words.count(c.parameters), m.verdict]
-        shown += [words.interval(m.speedup)] if m.speedup else []
+        shown += [words.file_size(c.file.bytes), words.count(c.macs), words.count(c.parameters)]
+        shown += [words.interval(m.speedup)] if m.speedup else [m.verdict]
         (row,) = [line for line in comment.splitlines() if line.startswith(f"| {c.name} ")]
         section = page[page.index(f'<th scope="row">{c.name}') :].partition("</tr>")[0]
         for text in shown:
@@ -258,6 +259,47 @@ def test_first_screen_answers_which_file_how_accurate_how_fast_on_what(record, t
     ):  # fmt: skip
         assert fact in first
     assert "kpn against alone: +1.7 points" in page and "conditions: load 1min" in page
+
+
+def on_a_board_without_int8(record: Record) -> Record:
+    """The student is the fastest in FP16, which the board builds from the FP32 file."""
+    cpu = record.benches[0]
+    kept = [m for m in cpu.measurements if m.contestant.precision == "fp32"]
+    made = dataclasses.replace(kept[1].contestant, name="student fp16", precision="fp16")
+    kept.insert(2, dataclasses.replace(kept[1], contestant=made, readings=kept[1].readings | {"p50_ms": 0.25}))
+    nano = dataclasses.replace(cpu, target="jetson", measurements=tuple(kept), ships="student fp16")
+    models = tuple(m for m in record.models if m.precision == "fp32")
+    return dataclasses.replace(record, benches=(nano,), models=models)
+
+
+def test_where_no_int8_ships_the_report_is_about_what_does(record, tmp_path):
+    report(on_a_board_without_int8(record), tmp_path / "out")
+    page, comment, _ = texts(tmp_path / "out")
+    first = page[page.index('<section class="hero"') : page.index("</section>")]
+    for text in (first, comment):
+        assert "student-fp32.onnx" in text and "FP32, computed in FP16" in text and "0.250" in text
+    assert "**Ship student-fp32.onnx**" in comment and "INT8" not in comment and "INT8" not in first
+    assert "test top-1, FP16" in page and "half filled: FP16" in page and "filled: INT8" not in page
+    row = page[page.index('<th scope="row">student fp16') :].partition("</tr>")[0]
+    assert "ship this" in row
+
+
+def test_where_no_student_is_fit_to_ship_none_is_said_to(record, tmp_path):
+    none = dataclasses.replace(record.benches[0], ships="")
+    report(dataclasses.replace(record, benches=(none,)), tmp_path / "out")
+    page, comment, _ = texts(tmp_path / "out")
+    assert "no student was found fit to ship" in page and "No student was found fit to ship" in comment
+    assert "ship this" not in page.lower() and "**Ship" not in comment
+
+
+def test_a_verdict_is_told_beside_the_ratio_only_where_it_says_more(record, tmp_path):
+    cpu = record.benches[0]
+    unsure = dataclasses.replace(cpu.measurements[1], verdict="no measurable difference")
+    two = dataclasses.replace(cpu, measurements=(cpu.measurements[0], unsure, *cpu.measurements[2:]))
+    report(dataclasses.replace(record, benches=(two,)), tmp_path / "out")
+    rows = {line.split(" | ")[0]: line for line in texts(tmp_path / "out")[1].splitlines() if line.startswith("| ")}
+    assert "3.60× (3.53–3.67): no measurable difference" in rows["| student fp32"]
+    assert "8.64× (8.46–8.81)" in rows["| student int8"] and "faster" not in rows["| student int8"]
 
 
 def test_what_was_not_measured_gives_the_reason_and_no_number(record, tmp_path):

@@ -129,6 +129,11 @@ def test_the_board_its_power_mode_and_its_energy_are_told(bundle, tmp_path):
     assert plain.load(BenchResult, plain.dump(result), tmp_path / "out") == result
 
 
+def test_a_workstation_is_told_with_its_gpu(bundle, tmp_path):
+    seen = {"board": {"model": None}, "device": {"gpu": "NVIDIA RTX 4090"}, "differs": []}
+    assert comparison(tmp_path, bundle, doctor=seen).machine.processor.startswith("NVIDIA RTX 4090; ARMv8 Processor")
+
+
 def test_what_speaks_against_the_numbers_is_a_warning(bundle, tmp_path):
     said = "\n".join(comparison(tmp_path, bundle).warnings)
     for words in (

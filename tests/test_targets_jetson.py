@@ -13,7 +13,7 @@ from edgekd.core import plain
 from edgekd.core.dialects import DIALECTS
 from edgekd.core.errors import ConfigError
 from edgekd.core.target import Target
-from edgekd.delivery import elsewhere, named
+from edgekd.delivery import builds, named
 from edgekd.methods.alone import Alone
 from edgekd.models.resnet import ResNet
 from edgekd.pipeline import build, headline, summary
@@ -45,7 +45,7 @@ def test_a_jetson_is_sent_what_its_jetpack_and_board_can_do(jetpack, board, dla,
     assert (sent.jetpack, sent.board) == (jetpack, board) and sent.tensorrt and sent.why
     assert target.dialect == DIALECTS[dialect]
     assert bool(sent.instead) == (board == "nano" or dla != (core is not None))
-    assert target.planned().board.title in target.missing() and elsewhere(target)
+    assert target.planned().board.title in target.missing() and builds(target)
 
 
 def test_a_workstation_is_sent_strongly_typed_networks_and_says_what_it_lacks():
@@ -53,7 +53,7 @@ def test_a_workstation_is_sent_strongly_typed_networks_and_says_what_it_lacks():
     assert (target.delivery.engines, target.delivery.typed, target.dialect) == (ALL, True, DIALECTS["tensorrt"])
     found = target.missing()
     assert not found or "tensorrt is not installed" in found or "NVIDIA driver" in found
-    assert elsewhere(target)
+    assert builds(target)
 
 
 def test_what_does_not_exist_or_fit_is_refused_before_anything_is_built():

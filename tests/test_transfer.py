@@ -161,3 +161,13 @@ def test_what_a_method_refuses_is_refused_before_any_training(tmp_path, method, 
     with pytest.raises(ConfigError, match=says):
         distilled(config, tmp_path)
     assert not list((tmp_path / "steps").glob("teacher-*"))
+
+
+def test_a_method_that_needs_labels_sees_equally_many_images():
+    course = Course(11, QUICK, Augment(), 0, labels_per_class=500, unlabelled=40000)
+    assert replace(course, epochs=99, unlabelled=0) == course.labelled(10)
+    half = Course(3, QUICK, Augment(), 0, labels_per_class=2, unlabelled=8, labelled_share=0.5)
+    assert replace(half, epochs=12, unlabelled=0, labelled_share=0.0) == half.labelled(2)
+    all_labelled = Course(3, QUICK, Augment(), 0, labels_per_class=2)
+    assert all_labelled.labelled(2) is all_labelled
+    assert Alone.LABELS_ONLY and FineTune.LABELS_ONLY and not KD.LABELS_ONLY

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
+from edgekd.core.artifact import File
+from edgekd.core.dialects import DIALECTS
 from edgekd.core.model import Model
 from edgekd.core.task import Arrays, Augment, Content, Source, Task
+from edgekd.stages.blueprint import draft
+from edgekd.stages.export import ExportConfig
 from edgekd.stages.prepare import prepare
+from edgekd.stages.ranges import QuantizeConfig
 
 CLASSES = 3
 
@@ -90,3 +95,12 @@ class Blobs(Source):
 def blobs_task(folder) -> Task:
     folder.mkdir(parents=True, exist_ok=True)
     return prepare(folder, Blobs(), None)
+
+
+def drafted(folder, network, dialect=DIALECTS["ort-x86"], inputs=None):
+    """What the INT8 file of a toy network rounds; `inputs` calibrate, (N, 1, 8, 8) unless given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    inputs = np.random.default_rng(0).standard_normal((16, 1, 8, 8), np.float32) if inputs is None else inputs
+    np.savez(folder / "images.npz", image=inputs)
+    images = File.of(folder / "images.npz")
+    return draft(folder / "work", network, dialect, images, ExportConfig(opset=17), QuantizeConfig())

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from edgekd.core.errors import StaleArtifact
 
 Precision = Literal["fp32", "fp16", "int8"]
 Floats = Literal["fp32", "default"]  # what a runtime is asked to compute float operations in; default: its own choice
+# lowest, highest, mean and deviation of a tensor's values for one fixed input: finds it again in every export
+Mark: TypeAlias = tuple[float, float, float, float]
 STORY = {"key": False}  # metadata of fields that the ledger does not key by
 
 
@@ -86,6 +88,15 @@ class PhaseRecord:
 
 
 @dataclass(frozen=True)
+class Learnt:
+    """The range of one tensor that training found for the INT8 form of a network; float32 numbers."""
+
+    mark: Mark
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Weights:
     """A trained network: its state dict, and how it came to be."""
 
@@ -98,6 +109,7 @@ class Weights:
     seconds: float = field(metadata=STORY)  # of training, interruptions not counted
     phases: tuple[PhaseRecord, ...] = field(default=(), metadata=STORY)
     notes: dict[str, Any] | None = field(default=None, metadata=STORY)  # what the method chose, for the report
+    ranges: tuple[Learnt, ...] = ()  # of its INT8 form, instead of calibrated ones
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
+from edgekd.core.artifact import Learnt, Mark
 from edgekd.core.errors import EdgekdError
 from edgekd.core.model import Model
 from edgekd.core.settings import Plugin
+from edgekd.core.target import Dialect
 
 if TYPE_CHECKING:  # core never imports torch when it runs: `edgekd bench` works without it
     from torch import Tensor, nn
@@ -53,6 +55,25 @@ class Outcome:
     accuracy: float | None  # of lesson.student, 0 to 1; None if the phase does not train it
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """A tensor that the INT8 file of a network rounds, with all that are rounded in the same steps."""
+
+    marks: tuple[Mark, ...]  # the tensor's own first
+    low: float  # calibrated range
+    high: float
+    readers: tuple[Mark, ...] | None  # who takes it rounded, by their weights, else by their outputs; None: everyone
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What the INT8 file of a network rounds, and how."""
+
+    dialect: Dialect
+    tensors: tuple[Rounded, ...]
+    weights: tuple[tuple[Mark, bool], ...]  # BatchNorms folded in; with a scale for each output channel or for all
+
+
 def not_here(model: Model) -> nn.Module:
     raise EdgekdError(f"this lesson builds no networks, here a {type(model).__name__}", hint="give it a `build`")
 
@@ -71,6 +92,8 @@ class Lesson:
     build: Callable[[Model], nn.Module] = not_here  # a network of a family for this task, with random weights
     price: Callable[[nn.Module], float] | None = None  # measured latency on the first target, ms; None: not measured
     note: Callable[[str, Any], None] = lambda key, value: None  # tell the report what was chosen; plain JSON
+    blueprint: Callable[[nn.Module], Blueprint] | None = None  # of its INT8 file for the first target; None: not made
+    learnt: Callable[[str, tuple[Learnt, ...]], None] = lambda student, ranges: None  # for that student's INT8 file
 
 
 Script: TypeAlias = "Generator[Phase, Outcome, Students]"
@@ -81,10 +104,11 @@ class Method(Plugin, ABC):
     """A distillation method. Fields are its settings; its state lives in `teach`."""
 
     FOLDER: ClassVar[str] = "methods"
+    LABELS_ONLY: ClassVar[bool] = False  # it has no use for images without labels; it sees the others more often
 
     @property
     def priced(self) -> bool:
-        """Whether `teach` asks `lesson.price` for latencies."""
+        """Whether `teach` asks what networks are on the first target: `lesson.price`, `lesson.blueprint`."""
         return False
 
     @abstractmethod

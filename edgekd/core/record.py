@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgekd.core.artifact import OnnxModel, Weights
+from edgekd.core.gate import Decision
 from edgekd.core.trial import BenchResult
 
 
@@ -35,3 +36,4 @@ class Record:
     benches: tuple[BenchResult, ...]
     versions: dict[str, str]  # of the packages in use
     step_seconds: dict[str, float]
+    gates: tuple[Decision, ...] = ()

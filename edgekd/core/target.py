@@ -14,6 +14,8 @@ from edgekd.core.settings import Plugin
 if TYPE_CHECKING:
     from torch import nn
 
+    from edgekd.core.method import Blueprint
+
 
 Form = Literal["integers", "pairs", "cache"]
 Engine = Literal["fp32", "fp16", "int8"]
@@ -80,8 +82,11 @@ class Target(Plugin, ABC):
     def runtime(self) -> str:
         """The runner's name of the runtime: `onnxruntime`."""
 
-    def on(self, machine: str) -> Target:
-        """The target for a device of that architecture, as `uname -m` names it."""
+    def on(self, machine: str, flags: tuple[str, ...] | None) -> Target:
+        """The target for a device of that architecture, as `uname -m` names it, and with those processor flags.
+
+        `flags` are of those in `processor.TELLING`; None where the device does not tell.
+        """
         return self
 
     @property
@@ -106,9 +111,13 @@ class Target(Plugin, ABC):
 
 
 class Pricing(Protocol):
-    """Measures what a network costs on a target, for methods that have a latency budget."""
+    """Says what a network is on a target, for methods that ask: what it costs, and what its INT8 file rounds."""
 
-    def possible(self) -> bool: ...
+    def possible(self) -> bool:
+        """Whether latencies can be measured here."""
 
     def price_ms(self, out: Path, network: nn.Module) -> float:
         """The median latency of one image, ms; `out` is a folder to work in."""
+
+    def blueprint(self, out: Path, network: nn.Module) -> Blueprint:
+        """What its INT8 file rounds; `out` is a folder to work in. Needs no device."""

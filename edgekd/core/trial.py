@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from edgekd.core.artifact import File, Floats, Precision
@@ -91,6 +91,8 @@ class Measurement:
     verdict: str  # in words: "4.1 times faster (4.0-4.2)", "no measurable difference"
     floats: str = ""  # the precision of its float operations, as read back: fp32, bf16; empty: unknown
     astray: str = ""  # how its answers on a device differ from the host's, so that it must not ship
+    # of the readings, and of `drop` and `teacher_drop`: points of top-1 lost against the float original and the teacher
+    intervals: dict[str, Interval] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

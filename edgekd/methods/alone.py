@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
 from edgekd.learn.losses import supervised
@@ -10,6 +11,8 @@ from edgekd.learn.losses import supervised
 
 @dataclass(frozen=True)
 class Alone(Method):
+    LABELS_ONLY: ClassVar[bool] = True
+
     def teach(self, lesson: Lesson) -> Script:
         student = lesson.student
 

@@ -8,6 +8,7 @@ for other classes, start random and learn alone for a while, so that their first
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -19,6 +20,8 @@ from edgekd.learn.teachers import teacher
 
 @dataclass(frozen=True)
 class FineTune(Method):
+    LABELS_ONLY: ClassVar[bool] = True
+
     head: float = 0.2  # share of the budget in which only new layers learn
     start: float = 0.5  # where in the learning-rate schedule all layers begin; 0 would be the full rate
 

@@ -25,6 +25,7 @@ from edgekd.core.settings import Settings
 from edgekd.core.target import Target
 from edgekd.core.trial import BenchResult, Contestant, Machine, Measurement, Metric, Runtime, Trial
 from edgekd.stages import statistics
+from edgekd.stages.intervals import intervals
 from edgekd.stages.lineup import check, computed, linked, original
 
 WARMUP_CALLS = 50
@@ -119,13 +120,16 @@ def benchmark(
     ns = nanoseconds(samples, len(timed), config.blocks)
     aa = statistics.ratio(ns[base], ns[-1], config.seed)
     seen = trials(contestants, ns, logits, labels, reference)
+    teacher = known_answers(contestants[base], logits[base])
     measurements = []
     for index, contestant in enumerate(contestants):
         speedup = None if index == base else statistics.ratio(ns[base], ns[index], config.seed)
         verdict = statistics.verdict(speedup, aa) if speedup else ""
         kept = replace(contestant, file=linked(out, index, contestant))
         in_force = result["models"][index]["precision"]
-        measurements.append(Measurement(kept, readings(seen[index], config.metrics), speedup, verdict, in_force))
+        sure = intervals(seen[index], teacher, config.metrics, config.seed)
+        read_off = readings(seen[index], config.metrics)
+        measurements.append(Measurement(kept, read_off, speedup, verdict, in_force, intervals=sure))
     return BenchResult(
         target=target_name,
         not_measured="",
@@ -139,6 +143,11 @@ def benchmark(
         started=started,
         seconds=round(time.perf_counter() - clock, 3),
     )
+
+
+def known_answers(base: Contestant, logits: np.ndarray) -> np.ndarray:
+    """The answers of the teacher, if it is one, and answers for the labels' classes; or else nothing."""
+    return logits if base.role == "teacher" and base.knows else np.zeros(0)
 
 
 def fewer(target: Target, result: dict[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ from edgekd.stages.cache import write_cache
 from edgekd.stages.fp16 import bake
 from edgekd.stages.instructions import RUN, readme
 from edgekd.stages.lint import described, lint
-from edgekd.stages.quantize import Ranges
+from edgekd.stages.ranges import Ranges
 from edgekd.targets._jetpack import table
 
 SCHEMA = 1  # of manifest.json, which the runner reads

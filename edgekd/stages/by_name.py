@@ -11,7 +11,8 @@ from edgekd.core.errors import ConfigError
 from edgekd.core.target import Dialect
 from edgekd.stages.cache import CalibrationCache, cache_file
 from edgekd.stages.calibrate import load_calibration
-from edgekd.stages.quantize import QuantizeConfig, quantize_file
+from edgekd.stages.quantize import quantize_file
+from edgekd.stages.ranges import QuantizeConfig
 from edgekd.targets._jetpack import cache_release
 
 

@@ -9,9 +9,11 @@ import numpy as np
 
 from edgekd.core import onnx_facts
 from edgekd.core.artifact import File
+from edgekd.core.dialects import DIALECTS
 from edgekd.core.errors import ConfigError, ModelError
 from edgekd.stages.explicit import scales
-from edgekd.stages.quantize import QuantizeConfig, Ranges, calibrate
+from edgekd.stages.quantize import settled
+from edgekd.stages.ranges import QuantizeConfig, Ranges
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ def cache_file(
     """
     if target.suffix == ".onnx" or (target.exists() and target.samefile(model)):
         raise ConfigError(f"`{target}` is no name for a calibration cache", hint="end it with .cache")
-    return write_cache(model, target, tensorrt, calibrate(model, inputs, config))
+    return write_cache(model, target, tensorrt, settled(model, inputs, DIALECTS["dla"], config))
 
 
 def write_cache(model: Path, target: Path, tensorrt: str, ranges: Ranges) -> CalibrationCache:
@@ -43,13 +45,14 @@ def write_cache(model: Path, target: Path, tensorrt: str, ranges: Ranges) -> Cal
     file has no range: it was folded away for the calibration, and TensorRT would run its layer without INT8.
     """
     tensors = float_tensors(model)
-    missing = [name for name in tensors if name not in ranges.bounds]
+    bounds = ranges.serving(symmetric=True)
+    missing = [name for name in tensors if name not in bounds]
     if missing:
         raise ModelError(
             f"`{model}` computes `{missing[0]}`, which is folded away before the calibration, so that it has no range",
             hint="fold BatchNorms and constants when you export it (model.eval(), onnxsim)",
         )
-    amax = np.array([np.abs(ranges.bounds[name]).max() for name in tensors])
+    amax = np.array([bounds[name][1] for name in tensors])
     bits = scales(amax).view(np.uint32)
     lines = [tag(tensorrt), *(f"{name}: {number:x}" for name, number in zip(tensors, bits, strict=True))]
     target.parent.mkdir(parents=True, exist_ok=True)

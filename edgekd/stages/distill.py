@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from edgekd.core import plain, plugins
-from edgekd.core.artifact import File, PhaseRecord, Weights
+from edgekd.core.artifact import File, Learnt, PhaseRecord, Weights
 from edgekd.core.ledger import KEEP
 from edgekd.core.method import Lesson, Method, Outcome, Phase, play
 from edgekd.core.model import Model
@@ -58,8 +59,8 @@ def distill(
 ) -> tuple[Trained, ...]:
     """The networks that `method` makes of `model`. Phases found in `out` are replayed, not trained again.
 
-    Returns one network for most methods, several for those that make a family. `pricing` measures latencies for
-    methods that ask for them.
+    Returns one network for most methods, several for those that make a family. `pricing` knows the target, for
+    methods that ask about it.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trainer = a_trainer(task, course, device)
@@ -67,10 +68,13 @@ def distill(
 
     networks = (t.network() for t in teachers)
     notes: dict[str, Any] = {}
+    ranges: dict[str, tuple[Learnt, ...]] = {}
     lesson = replace(
         the_lesson(task, model, networks, [t.classes for t in teachers], trainer, course.epochs),
         price=remembered(pricing, out / KEEP) if pricing and pricing.possible() else None,
         note=notes.__setitem__,
+        blueprint=partial(pricing.blueprint, out / KEEP / "draft") if pricing else None,
+        learnt=ranges.__setitem__,
     )
     freeze(lesson)
     played = Played(out / KEEP, trainer, lesson, name)
@@ -91,6 +95,7 @@ def distill(
             seconds=round(sum(record.seconds for record in played.records), 3),
             phases=tuple(played.records),
             notes=notes or None,
+            ranges=ranges.get(key, ()),
         )
         made.append(Trained(model, story, task.classes, task.shape[0], difference(built, module)))
     return tuple(made)

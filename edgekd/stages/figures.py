@@ -16,6 +16,7 @@ PERCENT = {
     "delta1": ("delta1", "% of pixels within a factor of 1.25"),
 }
 SCORES = ("top1", "delta1")  # of which one is the accuracy of a task
+TIMES = " times "  # in a verdict that says by how much: "4.1 times faster (4.0-4.2)"
 BEST: dict[str, Callable[..., float]] = {
     "top1": max,
     "delta1": max,
@@ -45,12 +46,11 @@ def table(bench: BenchResult, percent: Callable[[float], str]) -> tuple[list[tup
     names = list(dict.fromkeys(name for m in bench.measurements for name in m.readings))
     accuracy = [name for name in PERCENT if name in names]
     others = [name for name in names if name not in PERCENT]
-    heads: list[tuple[str, str]] = [("model", ""), ("taught by", ""), ("precision", ""), ("floats in", "")]
+    heads: list[tuple[str, str]] = [("model", ""), ("taught by", ""), ("precision", "")]
     columns: list[list[Cell]] = [
         [Cell(m.contestant.name) for m in bench.measurements],
         [Cell(m.contestant.method or "–") for m in bench.measurements],
-        [Cell(m.contestant.precision.upper()) for m in bench.measurements],
-        [Cell(m.floats.upper() or "–") for m in bench.measurements],
+        [Cell(precision(m)) for m in bench.measurements],
     ]
 
     def add(key: str, head: str, unit: str, values: list[Any], show: Callable[[Any], str]) -> None:
@@ -71,9 +71,21 @@ def table(bench: BenchResult, percent: Callable[[float], str]) -> tuple[list[tup
         unit = {"_ms": "ms", "_mj": "mJ"}.get(name[-3:], "")
         head = (name[:-3] if unit else name).replace("_", " ")
         add(name, head, unit, readings(name), words.figures if unit else words.setting)
-    add("speedup", "speed-up", "teacher = 1, 95 % interval", [m.speedup for m in bench.measurements], words.interval)
-    add("verdict", "verdict", "", [m.verdict or None for m in bench.measurements], str)
+    add("speedup", "speed-up", "teacher = 1, 95 % interval", [compared(m) for m in bench.measurements], str)
     return heads, [list(row) for row in zip(*columns, strict=True)]
+
+
+def precision(m: Measurement) -> str:
+    """Of its weights; and of its other numbers, where the runtime reports another."""
+    others = "" if m.floats in ("", m.contestant.precision) else f", {m.floats}"
+    return f"{m.contestant.precision}{others}".upper()
+
+
+def compared(m: Measurement) -> str | None:
+    """The ratio of latencies; and the verdict, where that is not the same in words."""
+    said = "" if TIMES in m.verdict else m.verdict
+    ratio = words.interval(m.speedup) if m.speedup else ""
+    return ": ".join(filter(None, (ratio, said))) or None
 
 
 def size(file: File) -> int | None:

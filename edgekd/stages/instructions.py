@@ -6,17 +6,19 @@ from typing import Any
 
 from edgekd.targets._jetpack import board
 
-RUN = """\
+BEFORE, TIMED = ("doctor", "build", "verify"), ("bench", "energy")  # commands of the runner, in this order
+COMMANDS = (*BEFORE, *TIMED, "collect")
+RUN = f"""\
 #!/bin/sh
 # Build, verify and measure everything in this folder; type the same again to go on after an interruption.
 # Words behind the command go on to the measurements: sh run.sh --lock-clocks. Another Python: PYTHON=... sh run.sh
 set -eu
 cd "$(dirname "$0")"
-python=${PYTHON:-python3}
-for command in doctor build verify; do
+python=${{PYTHON:-python3}}
+for command in {" ".join(BEFORE)}; do
     "$python" edgekd_runner.py "$command" --bundle .
 done
-for command in bench energy; do
+for command in {" ".join(TIMED)}; do
     "$python" edgekd_runner.py "$command" --bundle . "$@"
 done
 "$python" edgekd_runner.py collect --bundle .

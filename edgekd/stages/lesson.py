@@ -34,6 +34,19 @@ class Course:
     labelled_share: float = 0.0  # of all these: labelled images are repeated where they are fewer
     with_validation: bool = False  # learn from the validation split, too
 
+    def labelled(self, kinds: int) -> Course:
+        """The same number of images, all labelled; `kinds` is how many classes have their own share of labels."""
+        if not self.unlabelled or self.labels_per_class is None:
+            return self
+        images = self.labels_per_class * kinds
+        epochs = round(self.epochs * (shown(images, self) + self.unlabelled) / images)
+        return replace(self, epochs=epochs, unlabelled=0, labelled_share=0.0)
+
+
+def shown(labelled: int, course: Course) -> int:
+    """Labelled images of an epoch: all, again where they are to have a greater share."""
+    return max(labelled, round(course.labelled_share / (1 - course.labelled_share) * course.unlabelled))
+
 
 @dataclass(frozen=True)
 class Rehearsed:
@@ -59,8 +72,9 @@ def rehearse(
     trainer.reseed(-1)
     modules = (family.build(len(classes), task.shape[0]) for family, classes in cast)
     lesson = the_lesson(task, model, modules, [classes for _, classes in cast], trainer, course.epochs)
-    if pricing and pricing.possible():
-        lesson = replace(lesson, price=partial(pricing.price_ms, out / "price"))
+    if pricing:
+        price = partial(pricing.price_ms, out / "price") if pricing.possible() else None
+        lesson = replace(lesson, price=price, blueprint=partial(pricing.blueprint, out / "draft"))
     freeze(lesson)
     return Rehearsed(next(method.teach(lesson)).name)
 
@@ -126,9 +140,8 @@ def few(train: Arrays, course: Course) -> Arrays:
             hint=f"use {len(mixed)} or fewer",
         )
     hidden = np.full_like(train.labels[mixed], np.nan if dense else -1)
-    share = course.labelled_share
-    shown = np.resize(chosen, max(len(chosen), round(share / (1 - share) * len(mixed))))  # from the first on again
-    return Arrays(train.images[np.r_[shown, mixed]], np.concatenate([train.labels[shown], hidden]))
+    repeated = np.resize(chosen, shown(len(chosen), course))  # from the first on again
+    return Arrays(train.images[np.r_[repeated, mixed]], np.concatenate([train.labels[repeated], hidden]))
 
 
 def placed(module: nn.Module, device: torch.device) -> nn.Module:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Matplotlib knows no CSS variables: it draws in these, and `inline` puts the variables in.
 COLOURS = {"ink": "#010101", "mute": "#010102", "rule": "#010103"} | {f"c{i}": f"#01010{3 + i}" for i in range(1, 6)}
 LOOK = {"teacher": ("c3", "s"), "student": ("c1", "o"), "baseline": ("c2", "^")}  # role: colour, marker
+FILLS = {"int8": ("filled", "full"), "fp16": ("half filled", "left"), "fp32": ("hollow", "none")}  # in words; of dots
 STYLE: dict[Any, Any] = {  # matplotlib's settings
     "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
     "figure.dpi": 72,  # so that a pixel is a point
@@ -45,7 +46,7 @@ Box = tuple[float, float, float, float]  # left, bottom, right, top in points
 
 
 def accuracy_against_latency(title: str, measurements: Sequence[Measurement], key: str, name: str) -> str:
-    """A dot for every model: accuracy (reading `key`, percent) over median latency (ms, log). Filled: INT8."""
+    """A dot for every model: accuracy (reading `key`, percent) over median latency (ms, log); FILLS by precision."""
     shown = sorted(measurements, key=lambda m: -m.readings[key])
     with canvas(title, 3.6) as (axes, drawn):
         x, y = ([m.readings[reading] for m in shown] for reading in ("p50_ms", key))
@@ -55,10 +56,8 @@ def accuracy_against_latency(title: str, measurements: Sequence[Measurement], ke
         log_ticks(axes)
         for m, x_ms, share in zip(shown, x, y, strict=True):
             colour, marker = LOOK[m.contestant.role]
-            face = COLOURS[colour] if m.contestant.precision == "int8" else "none"
-            axes.plot(
-                [x_ms], [share], marker=marker, ms=7, mew=1.6, mec=COLOURS[colour], mfc=face, ls="none", clip_on=False
-            )
+            dot = {"marker": marker, "fillstyle": FILLS[m.contestant.precision][1], "color": COLOURS[colour]}
+            axes.plot([x_ms], [share], ms=7, mew=1.6, ls="none", clip_on=False, **dot)  # type: ignore[arg-type]
         dots = [tuple(map(float, axes.transData.transform(place))) for place in zip(x, y, strict=True)]
         names = [short(m.contestant.name) for m in shown]
         line = {"arrowstyle": "-", "color": COLOURS["mute"], "lw": 0.6, "shrinkA": 1, "shrinkB": 4}

@@ -11,12 +11,15 @@ import numpy as np
 
 from edgekd.core.artifact import File, TensorSpec
 from edgekd.core.files import save_array
+from edgekd.core.method import Blueprint
 from edgekd.core.target import Target
 from edgekd.metrics._percentile import nearest_rank
+from edgekd.stages import blueprint
 from edgekd.stages.benchmark import BenchConfig, job, nanoseconds, run
 from edgekd.stages.calibrate import CalibrationSet, load_calibration
 from edgekd.stages.export import ExportConfig, export
-from edgekd.stages.quantize import QuantizeConfig, quantize
+from edgekd.stages.quantize import quantize
+from edgekd.stages.ranges import QuantizeConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,3 +56,7 @@ class Priced:
         (ns,) = nanoseconds(File.of(out / "samples.npz"), 1, PROTOCOL.blocks)
         shutil.rmtree(out)
         return nearest_rank(ns.ravel(), 50) / 1e6
+
+    def blueprint(self, out: Path, network: nn.Module) -> Blueprint:
+        """What the INT8 file of a network for the target rounds. `out` is used and left empty."""
+        return blueprint.draft(out, network, self.target.dialect, self.calib.images, self.export, self.quantize)

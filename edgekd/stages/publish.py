@@ -9,6 +9,7 @@ from pathlib import Path
 
 from edgekd.core.artifact import File
 from edgekd.core.record import Record
+from edgekd.stages.gates import junit
 from edgekd.stages.report import report
 
 
@@ -30,6 +31,8 @@ class Rendered:
 
 def rendered(out: Path, record: Record) -> Rendered:
     report(record, out)
+    if record.gates:
+        junit(record.gates, out / "junit.xml")
     return Rendered(tuple(File.of(path) for path in sorted(out.iterdir()) if path.is_file()))
 
 

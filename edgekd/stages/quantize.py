@@ -2,56 +2,44 @@
 
 from __future__ import annotations
 
-import io
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgekd.core import onnx_facts, onnx_files, progress
+from edgekd.core import onnx_facts, onnx_files
 from edgekd.core.artifact import File, OnnxModel
 from edgekd.core.errors import ConfigError, ModelError
-from edgekd.core.onnx_facts import Exported, OnnxFacts
-from edgekd.core.settings import Settings
+from edgekd.core.onnx_facts import Exported
 from edgekd.core.target import Dialect
-from edgekd.stages.calibrate import check_inputs, load_calibration
-from edgekd.stages.explicit import WEIGHTED, explicit
+from edgekd.stages.calibrate import load_calibration
+from edgekd.stages.explicit import explicit
+from edgekd.stages.ranges import (
+    QuantizeConfig,
+    Ranges,
+    best,
+    calibrate,
+    candidates,
+    check_batches,
+    prepared,
+    quantizable,
+)
 
 if TYPE_CHECKING:
     import onnx
 
-LOWEST_OPSET = 13  # Q/DQ with a scale per channel
+log = logging.getLogger(__name__)
 FLOAT = {
     "BatchNormalization"
 }  # one that no convolution could take up: 8 bits for all channels cost accuracy, gain no time
 TRIED = 32  # calibration inputs that the finished file must answer
-CHUNK = 8  # batches whose activations are in memory at once
-BINS = 512  # of a histogram for `entropy`; onnxruntime's own 128 leave it one candidate, the full range
-
-
-@dataclass(frozen=True)
-class QuantizeConfig(Settings):
-    """How ranges are found: the extremes seen; the mean of each input's extremes (`moving_average`, as onnxruntime
-    calls it); all but a share of the values; or those with the least Kullback-Leibler divergence after rounding."""
-
-    method: Literal["minmax", "moving_average", "percentile", "entropy"] = "minmax"
-    percentile: float = 99.99  # share of the values that `percentile` keeps
-
-    def __post_init__(self) -> None:
-        if not 50 < self.percentile <= 100:
-            raise ConfigError(f"percentile is {self.percentile}", hint="use a percentage above 50, such as 99.99")
-
-
-@dataclass(frozen=True)
-class Ranges:
-    """The range of every float tensor of a network; the same for all dialects."""
-
-    bounds: dict[str, tuple[float, float]]  # by tensor name: lowest, highest
+HELD, JUDGES = 4, 256  # one in so many batches judges ranges where no labels do; at most about so many inputs
+NO_ERROR_DB = 120.0
 
 
 def quantize(out: Path, model: Exported, images: File, dialect: Dialect, config: QuantizeConfig) -> Exported:
@@ -59,16 +47,8 @@ def quantize(out: Path, model: Exported, images: File, dialect: Dialect, config:
 
     Raises ModelError if the files cannot be quantized, DataError if the calibration images do not fit.
     """
-    return quantize_with(out, model, images, dialect, ranges_of(out, model, images, config))
-
-
-def ranges_of(out: Path, model: Exported, images: File, config: QuantizeConfig) -> Ranges:
-    """The statistics of one network for all dialects, from one pass over the calibration images.
-
-    Writes nothing into `out`: as a step of the ledger, it is kept there. Raises as `quantize` does.
-    """
-    inputs = load_calibration(images.path, model.single.input)
-    return calibrate(model.dynamic.file.path, inputs, config)  # some of its tensors are constants in the other
+    inputs = load_calibration(images.path, model.single.input)  # below: tensors may be constants in the other file
+    return quantize_with(out, model, images, dialect, settled(model.dynamic.file.path, inputs, dialect, config))
 
 
 def quantize_with(out: Path, model: Exported, images: File, dialect: Dialect, ranges: Ranges) -> Exported:
@@ -88,7 +68,7 @@ def quantize_file(model: Path, target: Path, inputs: np.ndarray, dialect: Dialec
     """
     if target.exists() and model.exists() and target.samefile(model):
         raise ConfigError(f"`{target}` would take the place of its own FP32 file", hint="name another file to write")
-    ranges = calibrate(model, inputs, config)
+    ranges = settled(model, inputs, dialect, config)
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".edgekd-", dir=target.parent) as folder:  # beside it: a rename, not a copy
         made = convert(model, Path(folder, target.name), inputs, dialect, ranges)
@@ -96,93 +76,46 @@ def quantize_file(model: Path, target: Path, inputs: np.ndarray, dialect: Dialec
     return replace(made, file=File.of(target))
 
 
-def calibrate(path: Path, inputs: np.ndarray, config: QuantizeConfig) -> Ranges:
-    """The ranges of all float tensors of the prepared model, on `inputs`. Raises as `quantize_file` does."""
-    import onnx
-    from onnxruntime.quantization import create_calibrator
-    from onnxruntime.quantization.calibrate import CalibrationMethod
+def settled(path: Path, inputs: np.ndarray, dialect: Dialect, config: QuantizeConfig) -> Ranges:
+    """The ranges of the FP32 file `path` on `inputs`, (N, ...), by the method that `config` names.
 
-    facts = quantizable(path)
-    check_inputs(inputs, facts.input, "the calibration set")
-    batch = facts.input.shape[0] or 1
-    if len(inputs) % batch:
-        raise ModelError(
-            f"`{path}` takes {batch} inputs at once, and {len(inputs)} calibration inputs are no multiple of it",
-            hint=f"give {len(inputs) // batch * batch or batch} inputs, or export with batch 1",
+    For `auto`, by the one whose INT8 file in `dialect` answers inputs that its ranges do not know with the least error:
+    every 4th batch, or fewer of many, is held out. Raises as `quantize_file` does.
+    """
+    if config.method != "auto":
+        return calibrate(path, inputs, config)
+    step = check_batches(path, quantizable(path), inputs)
+    every = max(HELD, len(inputs) // JUDGES)
+    judges = [inputs[i : i + step] for i in range((HELD - 1) * step, len(inputs), every * step)]
+    if not judges:
+        raise ConfigError(
+            f"the method `auto` holds out every {HELD}th batch to judge by, and here are {len(inputs) // step}",
+            hint=f"give {HELD * step} inputs or more, or name a method",
         )
-    kinds: dict[str, tuple[CalibrationMethod, dict[str, Any]]] = {
-        "minmax": (CalibrationMethod.MinMax, {}),
-        "moving_average": (CalibrationMethod.MinMax, {"moving_average": True}),
-        "percentile": (CalibrationMethod.Percentile, {"percentile": config.percentile, "symmetric": False}),
-        "entropy": (CalibrationMethod.Entropy, {"num_bins": BINS, "num_quantized_bins": 128}),
-    }
-    method, options = kinds[config.method]
-    # an average must see all at once: onnxruntime gives every later chunk a weight of 1 %; it keeps two numbers each
-    step = len(inputs) if config.method == "moving_average" else batch * CHUNK
-    with TemporaryDirectory(prefix="edgekd-") as folder, redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)  # an error below
-        onnx.save(prepared(path), f"{folder}/model.onnx")
-        calibrator = create_calibrator(
-            Path(folder, "model.onnx"), None, f"{folder}/augmented.onnx", method, extra_options=options
-        )
-        with progress.bar("calibration images", len(inputs)) as advance:
-            for start in range(0, len(inputs), step):
-                calibrator.collect_data(Feed(facts.input.name, inputs[start : start + step], batch, advance))
-        found = calibrator.compute_data()
-    bounds = {name: (data.lowest.item(), data.highest.item()) for name, data in sorted(found.items())}
-    broken = [name for name, pair in bounds.items() if not np.isfinite(pair).all()]
-    if broken:
-        raise ModelError(
-            f"`{path}` computes numbers that are not finite on the calibration inputs, in the tensor `{broken[0]}`",
-            hint="look for weights that are not finite, or a training that diverged",
-        )
-    return Ranges(bounds)
+    held = np.concatenate(judges)
+    want = onnx_facts.answers(path, held)
+    found = candidates(path, inputs, config, lambda number: number % every != HELD - 1)
+
+    def grade(ranges: Ranges) -> float:
+        with TemporaryDirectory(prefix="edgekd-") as folder:
+            made = convert(path, Path(folder, "int8.onnx"), held, in_pairs(dialect), ranges)
+            return ratio_db(want, onnx_facts.answers(made.file.path, held))
+
+    chosen = best(found, grade)
+    told = ", ".join(f"{method} {ratio:.1f} dB" for method, ratio in chosen.tried.items())
+    log.info("ranges by %s (answers to their error in INT8, %d inputs held out: %s)", chosen.method, len(held), told)
+    return chosen
 
 
-class Feed:
-    """Calibration inputs a batch at a time, as onnxruntime asks for them."""
-
-    def __init__(self, name: str, inputs: np.ndarray, batch: int, advance: progress.Advance) -> None:
-        self.batches = self.cut(name, inputs, batch, advance)
-
-    def cut(
-        self, name: str, inputs: np.ndarray, batch: int, advance: progress.Advance
-    ) -> Iterator[dict[str, np.ndarray]]:
-        for start in range(0, len(inputs), batch):
-            yield {name: inputs[start : start + batch]}
-            advance(batch)
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self.batches, None)
+def in_pairs(dialect: Dialect) -> Dialect:
+    """The dialect, or of a network that itself stays float the one whose ONNX file computes most like it."""
+    return replace(dialect, form="pairs") if dialect.form == "cache" else dialect
 
 
-def quantizable(path: Path) -> OnnxFacts:
-    """The facts of a file that can be quantized. Raises ModelError if it cannot."""
-    facts = onnx_facts.facts(path)
-    if facts.precision == "int8":
-        raise ModelError(f"`{path}` is quantized already", hint="give the FP32 file that it was made from")
-    if not set(WEIGHTED) & set(facts.nodes):
-        raise ModelError(
-            f"`{path}` has nothing to quantize: no {', '.join(WEIGHTED[:-1])} or {WEIGHTED[-1]}",
-            hint=f"it holds {', '.join(facts.nodes)}; give a network with convolutions or matrix products",
-        )
-    if facts.opset < LOWEST_OPSET:
-        raise ModelError(
-            f"`{path}` has opset {facts.opset}, but INT8 with a scale per channel needs {LOWEST_OPSET}",
-            hint=f"export it with opset {LOWEST_OPSET} or more, or use onnx.version_converter",
-        )
-    return facts
-
-
-def prepared(path: Path) -> onnx.ModelProto:
-    """The model with constants and BatchNorms folded and shapes known: files of other exporters often need it."""
-    import onnx
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    onnx_facts.session(path)  # what onnxruntime cannot load raises here, with its reason
-    with TemporaryDirectory(prefix="edgekd-") as folder:
-        quant_pre_process(path, f"{folder}/folded.onnx", skip_symbolic_shape=True)
-        return onnx.load(f"{folder}/folded.onnx")
+def ratio_db(want: np.ndarray, got: np.ndarray) -> float:
+    """The power of the answers `want` to that of their difference to `got`, in dB; at most 120."""
+    signal, noise = (float((array.astype(np.float64) ** 2).sum()) for array in (want, got - want))
+    return min(NO_ERROR_DB, 10 * math.log10(signal / noise)) if signal and noise else NO_ERROR_DB * (not noise)
 
 
 def convert(
@@ -201,11 +134,12 @@ def convert(
             hint="write its calibration cache, `edgekd quantize --dialect dla`",
         )
     original = onnx.load(str(path), load_external_data=False)
+    bounds = ranges.serving(dialect.symmetric_activation)
     try:
         if dialect.form == "pairs":
-            made = explicit(prepared(path), ranges.bounds, dialect.per_channel)
+            made = explicit(prepared(path), bounds, dialect.per_channel)
         else:
-            made = integers(prepared(path), ranges.bounds, dialect)
+            made = integers(prepared(path), bounds, dialect)
     except ValueError as error:
         writer = "edgekd" if dialect.form == "pairs" else "onnxruntime"
         raise ModelError(f"{writer} cannot quantize `{path}`: {error}", hint="calibrate this very file") from error

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edgekd.core.errors import Busy, EdgekdError, StaleArtifact
-from edgekd.core.progress import Advance, bar
+from edgekd.core.processor import TELLING
+from edgekd.core.progress import bar
 from edgekd.stages.bundle import MANIFEST, Bundle
+from edgekd.stages.follow import AGAIN, Seen, Shown, heard
 from edgekd.stages.results import Returned, named_file, taken
-from edgekd.stages.ssh import Device, Lost, answer, heard, sink, talk
+from edgekd.stages.ssh import Device, Lost, answer, sink, talk
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 SPARE = 32 << 20  # bytes that results need beside the bundle
 WAITS_S = (1, 2, 4, 8, 15, 30, 30, 30, 30, 30, 30, 30, 30)  # between tries to connect again: five minutes in all
-AGAIN = "type the same command again: it picks up what runs, and goes on from what is finished"
-LAST_WORDS = 5  # lines of a job that died without an explanation
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,13 @@ class Place:
     """What a device is."""
 
     machine: str  # "aarch64"
+    flags: tuple[str, ...] | None  # those of its processor that decide INT8 speed; None: it does not tell
 
 
 def look(out: Path, to: Device) -> Place:
     """Connect for the first time. Raises TargetUnavailable where the device cannot be used."""
-    return Place(answer(to, "look")["machine"])
+    told = answer(to, "look", flags=TELLING)
+    return Place(told["machine"], None if told["flags"] is None else tuple(told["flags"]))
 
 
 def measure(out: Path, bundle: Bundle, to: Device) -> Returned:
@@ -59,7 +61,7 @@ def measure(out: Path, bundle: Bundle, to: Device) -> Returned:
 def survey(to: Device, bundle: Bundle) -> dict[str, Any]:
     files = {name: facts["sha256"] for name, facts in bundle.read()["files"].items()}
     wanted = {"files": files | {MANIFEST: bundle.manifest.sha256}, "bundle": bundle.manifest.sha256}
-    return answer(to, "survey", folder=to.folder, **wanted)
+    return answer(to, "survey", folder=to.folder, words=to.options, **wanted)
 
 
 def begin(to: Device, bundle: Bundle, found: dict[str, Any]) -> None:
@@ -69,12 +71,18 @@ def begin(to: Device, bundle: Bundle, found: dict[str, Any]) -> None:
             f"{to}: another bundle runs in `{to.folder}` (process {found['pid']})",
             hint="wait until it ends, or name another folder",
         )
+    if found["running"] and found["words"] != to.options:
+        raise Busy(
+            f"{to}: the bundle runs there as `{' '.join(['run.sh', *found['words']])}` (process {found['pid']})",
+            hint="wait until it ends, or ask for the same",
+        )
     if found["running"]:
         log.info("%s: it runs already (process %s)", to, found["pid"])
         return
     if found["differing"]:
         patiently(to, lambda: send(to, bundle))
-    patiently(to, lambda: answer(to, "start", folder=to.folder, bundle=bundle.manifest.sha256, python=to.python))
+    job = {"bundle": bundle.manifest.sha256, "python": to.python, "words": to.options}
+    patiently(to, lambda: answer(to, "start", folder=to.folder, **job))
 
 
 def send(to: Device, bundle: Bundle) -> None:
@@ -110,7 +118,7 @@ def watch(to: Device) -> None:
 
     Raises EdgekdError with what the job said if it did not end well.
     """
-    seen = Seen(0, {}, [], None)
+    seen = Seen()
     with ExitStack() as stack:
         show = Shown(str(to), stack)
 
@@ -126,56 +134,7 @@ def watch(to: Device) -> None:
 
         patiently(to, listen, lambda: seen.offset)
     if seen.code != 0:
-        raise seen.failure(to)
-
-
-@dataclass
-class Seen:
-    """What a job said so far."""
-
-    offset: int  # bytes of its log
-    errors: dict[str, str]  # with what helps
-    last: list[str]  # lines that are no progress
-    code: int | None  # its exit code; None: its end left none
-
-    def take(self, line: str) -> dict[str, Any]:
-        told = heard(line.encode())
-        if "error" in told:
-            self.errors[told["error"]] = told["hint"]
-        elif "warning" in told:
-            log.warning("warning: %s", told["warning"] + (f" ({told['hint']})" if told.get("hint") else ""))
-        elif not told and line.strip():
-            self.last = [*self.last, line.rstrip()][-LAST_WORDS:]
-        return told
-
-    def failure(self, to: Device) -> EdgekdError:
-        if self.errors and (self.code or 0) < 128:
-            hints = "; ".join(dict.fromkeys(filter(None, self.errors.values())))
-            return EdgekdError(f"{to}: {'; '.join(self.errors)}", hint=f"on the device: {hints}. Then {AGAIN}")
-        if self.code is None:
-            return EdgekdError(f"{to}: the job is gone; the device was switched off, or ended it", hint=AGAIN)
-        end = f"was ended by signal {self.code - 128}" if self.code > 128 else f"ended with exit code {self.code}"
-        words = f"; its last words: {' / '.join(self.last)}" if self.last else ""
-        return EdgekdError(f"{to}: the job {end}{words}", hint=f"{AGAIN}. Its log is `{to.folder}/job.log` there")
-
-
-class Shown:
-    """A bar for every part of a job that counts on its own."""
-
-    def __init__(self, label: str, stack: ExitStack) -> None:
-        self.label, self.stack = label, stack
-        self.total, self.done = 0, 0
-        self.advance: Advance | None = None
-
-    def __call__(self, told: dict[str, Any]) -> None:
-        if "progress" not in told:
-            return
-        if self.advance is None or told["of"] != self.total or told["progress"] < self.done:
-            self.stack.close()
-            self.total, self.done = told["of"], 0
-            self.advance = self.stack.enter_context(bar(self.label, self.total))
-        self.advance(told["progress"] - self.done, note=told.get("note", ""))
-        self.done = told["progress"]
+        raise seen.failure(str(to), f"`{to.folder}/job.log` there")
 
 
 def patiently(to: Device, act: Callable[[], T], progress: Callable[[], Any] = lambda: None) -> T:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from edgekd.core import plain
-from edgekd.core.artifact import File, Weights
+from edgekd.core.artifact import File, Precision, Weights
 from edgekd.core.errors import ConfigError
 from edgekd.core.record import Record
 from edgekd.core.trial import BenchResult, Measurement
@@ -27,12 +27,13 @@ SCHEMA = 1  # of report.json; raise it when an old file can no longer be read
 
 @dataclass(frozen=True)
 class Headline:
-    """What the first screen is about: the INT8 student on the first target that was measured."""
+    """What the first screen is about: the student for the first target that was measured."""
 
     bench: BenchResult
-    file: File  # to ship: under the name that the build gave it, if it made it
+    file: File  # under the name that the build gave it, if it made it
+    stored: Precision  # of the file; a device may compute in another
     ship: Measurement
-    student: Measurement | None  # the same student in FP32
+    student: Measurement | None  # the same student in FP32, if it is another
     teacher: Measurement | None
 
 
@@ -42,7 +43,7 @@ class Lesson:
 
     weights: Weights
     fp32: Measurement | None
-    int8: Measurement | None
+    low: Measurement | None  # in the precision of the first screen
     behind: float | None  # points of FP32 test accuracy that the chosen student is ahead
 
 
@@ -130,38 +131,47 @@ def render(template: str, record: Record, files: list[dict[str, Any]]) -> str:
     environment.filters |= {show.__name__: show for show in filters}
     environment.filters |= {"percent": percent, "points": partial(words.points, images=images)}
     environment.globals |= {"size": size, "table": partial(table, percent=percent), "where": where}
-    environment.globals |= {"draw": draw, "curve": curve, "difference": difference}
+    environment.globals |= {"draw": draw, "curve": curve, "difference": difference, "best": best}
     key = score(record)
-    shown = {"r": record, "head": head, "images": images, "lessons": lessons(record, head), "files": files}
+    low = head.ship.contestant.precision.upper() if head else "INT8"
+    precision = low if head is None or head.stored.upper() == low else f"{head.stored.upper()}, computed in {low}"
+    shown: dict[str, Any] = {"low": low, "precision": precision}
+    shown |= {"r": record, "head": head, "images": images, "lessons": lessons(record, head), "files": files}
     return environment.get_template(template).render(shown, score=key, score_name=PERCENT[key][0])
 
 
 def headline(record: Record) -> Headline | None:
-    """None if no INT8 student was measured anywhere. Where none is within its target's budget, the first is shown."""
+    """None if no student was measured anywhere."""
     for bench in record.benches:
-        int8 = [m for m in bench.measurements if (m.contestant.role, m.contestant.precision) == ("student", "int8")]
-        for m in sorted(int8, key=lambda m: m.contestant.name != bench.ships):
+        for m in best(bench)[:1]:
+            made = next((o for o in record.models if o.file.sha256 == m.contestant.file.sha256), m.contestant)
             return Headline(
                 bench,
-                file=next(
-                    (o.file for o in record.models if o.file.sha256 == m.contestant.file.sha256), m.contestant.file
-                ),
+                file=made.file,
+                stored=made.precision,
                 ship=m,
-                student=twin(m, bench),
+                student=None if m.contestant.precision == "fp32" else twin(m, bench),
                 teacher=next((t for t in bench.measurements if t.contestant.role == "teacher"), None),
             )
     return None
 
 
-def twin(int8: Measurement, bench: BenchResult) -> Measurement | None:
-    """The FP32 form of an INT8 student. Of several by one method, the one with the most similar name."""
+def best(bench: BenchResult) -> list[Measurement]:
+    """The student that ships; where none does, all in INT8, or all if none is in INT8."""
+    students = [m for m in bench.measurements if m.contestant.role == "student"]
+    ships = [m for m in students if m.contestant.name == bench.ships]
+    return ships or [m for m in students if m.contestant.precision == "int8"] or students
+
+
+def twin(low: Measurement, bench: BenchResult) -> Measurement | None:
+    """The FP32 form of a student. Of several by one method, the one with the most similar name."""
     same = [
         m
         for m in bench.measurements
         if (m.contestant.precision, m.contestant.role, m.contestant.method)
-        == ("fp32", int8.contestant.role, int8.contestant.method)
+        == ("fp32", low.contestant.role, low.contestant.method)
     ]
-    return max(same, key=lambda m: likeness(m.contestant.name, int8.contestant.name), default=None)
+    return max(same, key=lambda m: likeness(m.contestant.name, low.contestant.name), default=None)
 
 
 def likeness(a: str, b: str) -> int:
@@ -171,14 +181,15 @@ def likeness(a: str, b: str) -> int:
 def lessons(record: Record, head: Headline | None) -> list[Lesson]:
     """All students, the chosen one first, with their test accuracy on the headline's target."""
     measured = head.bench.measurements if head else ()
+    both = ("fp32", head.ship.contestant.precision if head else "int8")
     found: list[Lesson] = []
     for w in record.students:
         own = [m for m in measured if m.contestant.role != "teacher" and m.contestant.method == w.method]
         own.sort(key=lambda m: -likeness(m.contestant.name, w.name))
-        fp32, int8 = (next((m for m in own if m.contestant.precision == p), None) for p in ("fp32", "int8"))
+        fp32, low = (next((m for m in own if m.contestant.precision == p), None) for p in both)
         first = found[0].fp32 if found else None
         ahead = difference(first, fp32, score(record))
-        found.append(Lesson(w, fp32, int8, ahead))
+        found.append(Lesson(w, fp32, low, ahead))
     return found
 
 
@@ -194,10 +205,9 @@ def draw(bench: BenchResult) -> Iterator[tuple[str, str]]:
     known = [m for m in bench.measurements if key in m.readings and "p50_ms" in m.readings]
     if known:
         svg = plots.accuracy_against_latency(f"Accuracy against latency on {bench.target}", known, key, PERCENT[key][0])
-        yield (
-            markupsafe.Markup(svg),
-            "Square: teacher; circle: student; triangle: baseline. Filled: INT8; hollow: FP32.",
-        )
+        there = {m.contestant.precision for m in known}
+        fills = "; ".join(f"{how}: {p.upper()}" for p, (how, _) in plots.FILLS.items() if p in there)
+        yield markupsafe.Markup(svg), f"Square: teacher; circle: student; triangle: baseline; {fills}."
     if bench.samples is None or not bench.samples.path.exists():
         yield "", "The raw latency samples are not here, so their distribution is not drawn."
         return

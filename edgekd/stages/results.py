@@ -16,8 +16,19 @@ from edgekd.core.artifact import File, Precision
 from edgekd.core.errors import ConfigError, EdgekdError, StaleArtifact
 from edgekd.core.trial import BenchResult, Contestant, Machine, Measurement, Runtime
 from edgekd.stages import statistics
-from edgekd.stages.benchmark import RUNTIME, SCOPE, BenchConfig, machine, nanoseconds, read_back, readings, trials
+from edgekd.stages.benchmark import (
+    RUNTIME,
+    SCOPE,
+    BenchConfig,
+    known_answers,
+    machine,
+    nanoseconds,
+    read_back,
+    readings,
+    trials,
+)
 from edgekd.stages.bundle import SCHEMA, Bundle
+from edgekd.stages.intervals import intervals
 from edgekd.stages.lineup import linked
 
 RESULT, SAMPLES = "result.json", "samples.npz"
@@ -126,6 +137,7 @@ def measured(out: Path, bundle: Bundle, returned: Returned, config: BenchConfig)
     reference = next((c.name for c in contestants if (c.role, c.precision) == ("student", "fp32")), timed[0])
     seen = trials(contestants, ns, logits, labels, reference)
     drawn, wrong = energy(found), astray(found)
+    teacher = known_answers(contestants[base], logits[base])
     measurements = []
     for index, one in enumerate(contestants):
         speedup = None if index == base else statistics.ratio(ns[base], ns[index], config.seed)
@@ -133,7 +145,8 @@ def measured(out: Path, bundle: Bundle, returned: Returned, config: BenchConfig)
         kept = replace(one, file=linked(out, index, one))
         read_off = readings(seen[index], config.metrics) | drawn.get(one.name, {})
         floats = bench["models"][index]["precision"].removeprefix("int8+")
-        measurements.append(Measurement(kept, read_off, speedup, verdict, floats, wrong.get(one.name, "")))
+        sure = intervals(seen[index], teacher, config.metrics, config.seed)
+        measurements.append(Measurement(kept, read_off, speedup, verdict, floats, wrong.get(one.name, ""), sure))
     doubts = statistics.doubts(aa, dict(zip(timed, ns, strict=True)), bench)
     protocol = {
         "batch": 1,
@@ -197,10 +210,11 @@ def answers(returned: Returned, index: int, images: int) -> np.ndarray:
 
 
 def device(found: dict[str, Any]) -> Machine:
-    """The machine; a board by its own name, as its processor is called alike on many."""
-    own = machine(found["bench"]["machine"])
-    model = ((found.get("doctor") or {}).get("board") or {}).get("model")
-    return replace(own, processor=model) if model else own
+    """The machine; a board by its own name, as its processor is called alike on many, and a GPU by its."""
+    own, doctor = machine(found["bench"]["machine"]), found.get("doctor") or {}
+    model, gpu = (doctor.get("board") or {}).get("model"), (doctor.get("device") or {}).get("gpu")
+    beside = f"{gpu}; {own.processor}" if gpu not in (None, "unknown") else own.processor
+    return replace(own, processor=model or beside)
 
 
 def circumstances(found: dict[str, Any]) -> dict[str, Any]:

@@ -11,13 +11,14 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from edgekd.core.errors import ConfigError, EdgekdError, TargetUnavailable
 from edgekd.stages.benchmark import runner_path
+from edgekd.stages.follow import heard
 
 CONFIG = "EDGEKD_SSH_CONFIG"  # environment variable: a file that stands in for the user's ssh_config (`ssh -F`)
 OPTIONS = {
@@ -45,6 +46,7 @@ class Device:
     port: int | None
     folder: str  # absolute, or below ~
     python: str  # the program that runs the bundle
+    lock_clocks: bool = False  # hold a Jetson's clocks at the maximum of its power mode meanwhile; needs root there
 
     def __str__(self) -> str:
         return self.name if self.port is None else f"{self.name}, port {self.port}"
@@ -59,9 +61,29 @@ class Device:
         return [*words, *(() if self.port is None else ("-p", str(self.port))), "--", self.name]
 
     @property
+    def options(self) -> list[str]:
+        """What stands behind `run.sh` there."""
+        return ["--lock-clocks"] if self.lock_clocks else []
+
+    @property
     def by_hand(self) -> str:
         """What a person types to get there."""
         return shlex.join(["ssh", *(() if self.port is None else ("-p", str(self.port))), self.name])
+
+
+def asked(address: str | None, lock_clocks: bool) -> Device | None:
+    """What the options --device and --lock-clocks ask for; None for neither.
+
+    Raises ConfigError as `device` does, and for clocks without a device.
+    """
+    if address:
+        return replace(device(address), lock_clocks=lock_clocks)
+    if lock_clocks:
+        raise ConfigError(
+            "--lock-clocks is for a device: those of this machine are left as they are",
+            hint="name it with --device ssh://root@host/folder; or type `sh run.sh --lock-clocks` in the bundle there",
+        )
+    return None
 
 
 def device(address: str) -> Device:
@@ -148,15 +170,6 @@ def answer(to: Device, command: str, **asked: Any) -> dict[str, Any]:
         for line in process.stdout or ():
             told = heard(line) or told
     return told
-
-
-def heard(line: bytes) -> dict[str, Any]:
-    """A line of the porter; nothing, where the device's shell speaks."""
-    try:
-        found = json.loads(line) if line.startswith(b"{") else {}
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def failure(to: Device, code: int, said: str) -> EdgekdError:

@@ -10,14 +10,16 @@ from typing import Literal
 from edgekd.core.dialects import DIALECTS
 from edgekd.core.errors import ConfigError
 from edgekd.core.processor import flags
-from edgekd.core.target import Dialect, Target
+from edgekd.core.target import Delivery, Dialect, Target
 
 Architecture = Literal["x86", "arm"]
+VNNI = {"avx512_vnni", "avx_vnni"}  # flags of x86 processors that add INT8 products up in 32 bits
 
 
 @dataclass(frozen=True)
 class Cpu(Target):
     arch: Literal["auto", "x86", "arm"] = "auto"  # of the processor; auto: this machine's
+    vnni: bool | None = None  # whether an x86 processor has VNNI; null: as this machine's where it is of that kind
 
     def __post_init__(self) -> None:
         if self.threads < 1:
@@ -26,20 +28,38 @@ class Cpu(Target):
     @property
     def dialect(self) -> Dialect:
         """x86 is fast with unsigned activations only; its chips without VNNI saturate on full 8-bit weights."""
-        arch = here() if self.arch == "auto" else self.arch
-        if arch == "arm":
+        if self.known_arch == "arm":
             return DIALECTS["ort-arm"]
-        # of another machine's chip nothing is known: the reduced range is right on all
-        vnni = arch == here() and {"avx512_vnni", "avx_vnni"} & set(flags())
-        return replace(DIALECTS["ort-x86"], reduce_range=not vnni)
+        return replace(DIALECTS["ort-x86"], reduce_range=not self.has_vnni)
 
-    def on(self, machine: str) -> Cpu:
-        arch, known = arch_of(machine), here() if self.arch == "auto" else self.arch
-        return self if arch == known else replace(self, arch=arch)
+    @property
+    def delivery(self) -> Delivery:
+        if self.known_arch == "arm" or self.has_vnni:
+            return Delivery()
+        words = "the processor has no VNNI, or does not tell: INT8 weights have 7 bits, which saturate on none"
+        return Delivery(instead=(words,))
+
+    @property
+    def known_arch(self) -> Architecture:
+        return here() if self.arch == "auto" else self.arch
+
+    @property
+    def has_vnni(self) -> bool:
+        """Of an x86 processor; one that is not known counts as without."""
+        own = self.known_arch == here() and bool(VNNI & set(flags()))
+        return own if self.vnni is None else self.vnni
+
+    def on(self, machine: str, flags: tuple[str, ...] | None) -> Cpu:
+        arch = arch_of(machine)
+        told = None if arch == "arm" else bool(VNNI & set(flags or ()))
+        there = replace(self, arch=arch, vnni=told if self.vnni is None else self.vnni)
+        return self if (there.known_arch, there.dialect) == (self.known_arch, self.dialect) else there
 
     def missing(self) -> str:
         if self.arch not in ("auto", here()):
             return f"this machine's processor is {platform.machine()}, not {self.arch}"
+        if self.vnni and here() == "x86" and not VNNI & set(flags()):
+            return "this machine's processor has no VNNI"
         return "" if find_spec("onnxruntime") else "onnxruntime is not installed"
 
     @property

@@ -1,0 +1,48 @@
+"""How a command talks: data on stdout, words on stderr, and what went wrong as a sentence with an exit code."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import typer
+
+from edgekd.core.errors import EdgekdError, os_failure
+
+
+def say(text: str) -> None:
+    """For people: on stderr."""
+    logging.getLogger(__name__).info(text)
+
+
+def emit(as_json: bool, data: Any, text: str) -> None:
+    """For machines or pipes: on stdout."""
+    typer.echo(json.dumps(data) if as_json else text)
+
+
+def leave(code: int) -> None:
+    """With an exit code of a command that ended well, but not as hoped for."""
+    if code:
+        raise typer.Exit(code)
+
+
+def run(app: typer.Typer) -> int:
+    """Its exit code, once what went wrong has been told."""
+    usage: Any = typer.BadParameter.__mro__[2]  # typer's ClickException, whichever package it comes from
+    try:
+        return int(app(standalone_mode=False) or 0)
+    except EdgekdError as error:
+        return failed(str(error), error.exit_code)
+    except usage as error:
+        error.show()
+        return int(error.exit_code)
+    except OSError as error:
+        return failed(os_failure(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        return failed("interrupted\n\nhint: the same command again goes on where this one stopped", 130)
+
+
+def failed(text: str, code: int) -> int:
+    typer.echo(f"error: {text}", err=True)
+    return code

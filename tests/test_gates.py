@@ -1,0 +1,147 @@
+"""Gates are decided by intervals: worked cases, coverage on simulated data, and what a build says and exits with."""
+
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from edgekd.core.artifact import File
+from edgekd.core.errors import ConfigError
+from edgekd.core.gate import Gate
+from edgekd.core.trial import BenchResult, Contestant, Interval, Measurement, Trial
+from edgekd.stages.gates import check, decide, exit_code, junit
+from edgekd.stages.intervals import intervals, lost, share
+
+NONE = np.zeros(0)
+
+
+def test_points_lost_are_those_of_the_table_of_pairs():
+    before = np.repeat([True, True, False, False], [80, 12, 4, 4])
+    after = np.repeat([True, False, True, False], [80, 12, 4, 4])
+    found = lost(before, after)
+    assert found.mid == pytest.approx(8.0)  # 12 worse, 4 better, of 100
+    # Agresti and Min by hand: (12.5 - 4.5) / 102, sqrt(17 - 64 / 102) / 102
+    assert (found.low, found.high) == pytest.approx((100 * (8 / 102 - 0.07776), 100 * (8 / 102 + 0.07776)), abs=0.01)
+
+
+def test_no_difference_in_few_images_is_not_called_certain():
+    right = np.ones(50, bool)
+    assert lost(right, right).high > 3.5
+    assert lost(np.ones(10000, bool), np.ones(10000, bool)).high < 0.05
+
+
+def test_a_share_has_wilsons_interval():
+    found = share(90.0, 100)
+    assert (found.low, found.mid, found.high) == pytest.approx((82.56, 90.0, 94.48), abs=0.01)  # tables of Wilson's
+    assert share(100.0, 20).low == pytest.approx(83.89, abs=0.01)
+
+
+def test_the_interval_of_points_lost_holds_the_truth_as_often_as_it_says():
+    random = np.random.default_rng(0)
+    inside = 0
+    for _ in range(500):
+        kinds = random.choice(4, 400, p=[0.85, 0.04, 0.02, 0.09])  # both right, lost, won, both wrong: 2 points lost
+        found = lost(np.isin(kinds, [0, 1]), np.isin(kinds, [0, 2]))
+        inside += found.low <= 2.0 <= found.high
+    assert 0.92 < inside / 500 < 0.98
+
+
+def test_every_number_of_a_measurement_has_an_interval_around_it():
+    random = np.random.default_rng(1)
+    labels = random.integers(0, 3, 200)
+    logits = np.eye(3)[np.where(random.random(200) < 0.9, labels, (labels + 1) % 3)]
+    reference = np.eye(3)[labels]
+    ns = random.integers(1000, 2000, (10, 70))
+    trial = Trial(ns.ravel(), np.repeat(np.arange(10), 70), logits, reference, labels)
+    found = intervals(trial, reference, ("top1", "agreement", "p50_ms", "p99_ms", "rmse"), seed=0)
+    assert set(found) == {"top1", "agreement", "p50_ms", "p99_ms", "drop", "teacher_drop"}
+    assert all(i.low <= i.mid <= i.high and i.low < i.high for i in found.values())
+    assert found["drop"] == found["teacher_drop"]
+
+
+def test_the_error_of_a_map_has_an_interval_that_shrinks_with_images():
+    random = np.random.default_rng(2)
+    widths = []
+    for images in (40, 1000):
+        truth = random.standard_normal((images, 1, 4, 4))
+        answer = truth + random.standard_normal(truth.shape)
+        found = intervals(Trial(NONE, NONE, answer, answer, truth), NONE, ("rmse", "top1"), seed=0)["rmse"]
+        assert found.low < 1 < found.high
+        widths.append(found.high - found.low)
+    assert widths[1] < widths[0] / 3
+
+
+def bench(drop, ships="student int8", warnings=(), not_measured="", **numbers) -> BenchResult:
+    contestant = Contestant(ships, "student", "kd", "int8", File(Path(__file__), ""), 10, 20)
+    seen = {"drop": drop} | numbers
+    row = Measurement(contestant, {"agreement": 99.0}, Interval(2.0, 2.1, 2.2), "", intervals=seen)
+    return BenchResult("cpu", not_measured, None, None, {}, None, warnings, (row,), None, "", 0.0, ships=ships)
+
+
+@pytest.mark.parametrize(
+    ("gate", "outcome"),
+    [
+        (Gate("drop", at_most=1.0), "passed"),
+        (Gate("drop", at_most=0.6), "undecided"),
+        (Gate("drop", at_most=0.1), "failed"),
+        (Gate("speedup", at_least=2.0), "passed"),
+        (Gate("speedup", at_least=2.1), "undecided"),
+        (Gate("speedup", at_least=3.0), "failed"),
+        (Gate("macs", at_most=10), "passed"),
+        (Gate("parameters", at_most=19), "failed"),
+        (Gate("kilobytes", at_most=0.1), "failed"),
+        (Gate("agreement", at_least=98), "passed"),  # a number without an interval
+        (Gate("p99_ms", at_most=1), "undecided"),  # was not measured
+    ],
+)
+def test_a_gate_is_decided_by_the_whole_interval(gate, outcome):
+    (decision,) = decide([gate], [bench(Interval(0.2, 0.5, 0.8))])
+    assert decision.outcome == outcome and decision.contestant == "student int8"
+    assert decision.reason
+
+
+def test_noise_leaves_a_latency_undecided_and_an_accuracy_not():
+    noisy = bench(Interval(0.2, 0.5, 0.8), warnings=("A/A: two sessions of the same file differ by 4.0 %",))
+    decisions = decide([Gate("speedup", at_least=1.0), Gate("drop", at_most=1.0)], [noisy])
+    assert [d.outcome for d in decisions] == ["undecided", "passed"]
+    assert "A/A" in decisions[0].reason
+
+
+def test_what_was_not_measured_is_undecided_and_nothing_that_ships_is_a_failure():
+    gate = Gate("drop", at_most=1.0)
+    away = replace(bench(Interval(0, 0, 0), not_measured="no board"), measurements=())
+    none = bench(Interval(0, 0, 0))
+    none = replace(none, ships="")
+    assert [d.outcome for d in decide([gate], [away, none])] == ["undecided", "failed"]
+
+
+def test_a_gate_for_one_target_leaves_the_others_alone():
+    assert decide([Gate("drop", at_most=1.0, target="jetson")], [bench(Interval(0, 0, 0))]) == ()
+
+
+def test_the_exit_code_is_that_of_the_worst():
+    good, bad, unknown = (decide([Gate("drop", at_most=m)], [bench(Interval(0.2, 0.5, 0.8))]) for m in (1, 0.1, 0.6))
+    assert [exit_code(d) for d in ((), good, bad, unknown)] == [0, 0, 3, 4]
+    assert exit_code(good + unknown + bad) == 3
+
+
+def test_junit_tells_failures_from_what_is_undecided(tmp_path):
+    gates = [Gate("drop", at_most=m) for m in (1, 0.1, 0.6)]
+    junit(decide(gates, [bench(Interval(0.2, 0.5, 0.8))]), tmp_path / "junit.xml")
+    suite = ElementTree.parse(tmp_path / "junit.xml").getroot()
+    assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("3", "1", "1")
+    assert [[child.tag for child in case] for case in suite] == [[], ["failure"], ["error"]]
+
+
+def test_a_mistaken_gate_is_told():
+    with pytest.raises(ConfigError, match="no gate can look at `dropp`"):
+        check([Gate("dropp", at_most=1)], ["top1"], ["cpu"])
+    with pytest.raises(ConfigError, match="for the target `jetsen`"):
+        check([Gate("drop", at_most=1, target="jetsen")], ["top1"], ["cpu", "jetson"])
+    for limits in ({}, {"at_most": 1.0, "at_least": 2.0}):
+        with pytest.raises(ConfigError, match="limits"):
+            Gate("drop", **limits)
+    with pytest.raises(ConfigError, match="nan"):
+        Gate("drop", at_most=float("nan"))
