@@ -20,6 +20,7 @@ from edgekd.core.trial import BenchResult, Contestant, Role
 from edgekd.stages import local, remote
 from edgekd.stages.assign import assigned
 from edgekd.stages.benchmark import BenchConfig, benchmark, runner_path
+from edgekd.stages.blueprint import learnt_ranges
 from edgekd.stages.bundle import Bundle, Sent, bundle
 from edgekd.stages.calibrate import CalibrationSet
 from edgekd.stages.carry import export_trained
@@ -211,6 +212,7 @@ def quantized(
     if "int8" not in target.delivery.engines:
         return {}, {}
     end = suffix(config, readable(config, target))
+    learnt = {t.weights.name: t.weights.ranges for t in material.networks}
     ranges, int8s = {}, {}
     for n, made in exported.items():
         found = ledger.step(
@@ -226,6 +228,8 @@ def quantized(
             found,
             material.task,
         )
+        if learnt[n]:
+            ranges[n] = ledger.step(f"learnt-{n}-{name}", Ranges, learnt_ranges, made, ranges[n], learnt[n])
         if target.dialect.form != "cache":
             int8s[n] = ledger.step(
                 f"quantize-{n}-{name}", Exported, quantize_with, made, material.calib.images, target.dialect, ranges[n]

@@ -30,11 +30,11 @@ def intervals(trial: Trial, teacher: np.ndarray, names: Sequence[str], seed: int
             found[name] = jackknifed(metric, trial)
         else:
             found[name] = share(metric(trial), len(trial.logits))
-    if trial.logits.ndim == 2 and trial.labels.size:
+    if trial.logits.ndim == 2 and trial.logits.size and trial.labels.size:
         own = right(trial.logits, trial.labels)
         if trial.reference.size:
             found["drop"] = lost(right(trial.reference, trial.labels), own)
-        if teacher.size:
+        if len(teacher) == len(own):
             found["teacher_drop"] = lost(right(teacher, trial.labels), own)
     return found
 
