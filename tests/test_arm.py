@@ -24,7 +24,8 @@ from edgekd.models.resnet import ResNet
 from edgekd.stages.benchmark import BenchConfig, runner_path
 from edgekd.stages.bundle import Bundle, BundleConfig, Sent, bundle
 from edgekd.stages.export import ExportConfig, export
-from edgekd.stages.quantize import QuantizeConfig, quantize_with, ranges_of
+from edgekd.stages.quantize import quantize_with
+from edgekd.stages.ranges import QuantizeConfig, ranges_of
 from edgekd.stages.results import measured, taken
 from edgekd.targets.cpu import Cpu
 from tests.standins.bundles import found

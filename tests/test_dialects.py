@@ -23,7 +23,8 @@ from edgekd.stages.cache import tag, write_cache
 from edgekd.stages.explicit import explicit
 from edgekd.stages.export import ExportConfig, export
 from edgekd.stages.lint import lint
-from edgekd.stages.quantize import QuantizeConfig, Ranges, convert, quantize_with, ranges_of
+from edgekd.stages.quantize import convert, quantize_with
+from edgekd.stages.ranges import QuantizeConfig, Ranges, ranges_of
 
 GRAPHS = ("ort-x86", "ort-arm", "openvino", "tensorrt")  # the dialects that are ONNX files
 WIDTH = 32
