@@ -268,6 +268,16 @@ def test_a_build_measures_both_runtimes_and_reports_all_rows(tmp_path: Path) -> 
     assert list(targets["openvino"]) == sum(floats, [])
     comment = (tmp_path / "out" / "report.md").read_text()
     rows = [line for line in comment.splitlines() if line.startswith("| kpn fp32 (default precision) |")]
-    assert len(rows) == 1 and f"| {BY_DEFAULT.upper()} |" in rows[0]
+    assert len(rows) == 1 and ("| FP32, BF16 |" if BY_DEFAULT == "bf16" else "| FP32") in rows[0]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "cached compile" in page and "kpn fp32 (default precision)" in page
+
+
+def test_weights_have_7_bits_on_processors_whose_products_saturate():
+    for flags in (("avx2",), (), None):
+        target = OpenVino().on("x86_64", flags)
+        assert target.dialect.reduce_range
+        assert "7 bits" in target.delivery.instead[0]
+    assert OpenVino(vnni=True).dialect == OpenVino().on("x86_64", ("avx_vnni",)).dialect == DIALECTS["openvino"]
+    assert OpenVino(vnni=False).on("aarch64", None).dialect != DIALECTS["openvino"]  # what the user says stands
+    assert OpenVino().on("aarch64", None).dialect == DIALECTS["openvino"]

@@ -18,6 +18,13 @@ TELLING = (
     "i8mm",
     "bf16",
 )
+X86 = ("x86_64", "AMD64")  # as `uname -m` names it
+VNNI = {"avx512_vnni", "avx_vnni"}  # flags of x86 processors that add INT8 products up in 32 bits
+
+
+def saturates(machine: str, known: tuple[str, ...] | None) -> bool:
+    """Whether sums of uint8 times full-range int8 may saturate: on x86 without VNNI, or that does not tell."""
+    return machine in X86 and not VNNI & set(known or ())
 
 
 @cache

@@ -9,11 +9,10 @@ from typing import Literal
 
 from edgekd.core.dialects import DIALECTS
 from edgekd.core.errors import ConfigError
-from edgekd.core.processor import flags
+from edgekd.core.processor import VNNI, X86, flags, saturates
 from edgekd.core.target import Delivery, Dialect, Target
 
 Architecture = Literal["x86", "arm"]
-VNNI = {"avx512_vnni", "avx_vnni"}  # flags of x86 processors that add INT8 products up in 32 bits
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Cpu(Target):
 
     def on(self, machine: str, flags: tuple[str, ...] | None) -> Cpu:
         arch = arch_of(machine)
-        told = None if arch == "arm" else bool(VNNI & set(flags or ()))
+        told = None if arch == "arm" else not saturates(machine, flags)
         there = replace(self, arch=arch, vnni=told if self.vnni is None else self.vnni)
         return self if (there.known_arch, there.dialect) == (self.known_arch, self.dialect) else there
 
@@ -76,7 +75,7 @@ def here() -> Architecture:
 
 
 def arch_of(machine: str) -> Architecture:
-    return "x86" if machine in ("x86_64", "AMD64") else "arm"
+    return "x86" if machine in X86 else "arm"
 
 
 PLUGIN = Cpu

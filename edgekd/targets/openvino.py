@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import platform
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Literal
 
 from edgekd.core.artifact import Floats
 from edgekd.core.dialects import DIALECTS
 from edgekd.core.errors import ConfigError
-from edgekd.core.target import Dialect, Target
+from edgekd.core.processor import flags, saturates
+from edgekd.core.target import Delivery, Dialect, Target
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class OpenVino(Target):
     hint: Literal["latency", "throughput"] = (
         "latency"  # throughput: several streams; a call is timed alone all the same
     )
+    vnni: bool | None = None  # whether an x86 processor has VNNI; null: as this machine's
 
     def __post_init__(self) -> None:
         if self.threads < 1:
@@ -24,7 +27,22 @@ class OpenVino(Target):
 
     @property
     def dialect(self) -> Dialect:
-        return DIALECTS["openvino"]
+        """Weights have 7 bits where products of 8 bits saturate, as NNCF's overflow fix has it."""
+        return replace(DIALECTS["openvino"], reduce_range=not self.exact)
+
+    @property
+    def exact(self) -> bool:
+        """Whether products of 8-bit weights do not saturate."""
+        return not saturates(platform.machine(), flags()) if self.vnni is None else self.vnni
+
+    def on(self, machine: str, flags: tuple[str, ...] | None) -> OpenVino:
+        told = not saturates(machine, flags)
+        return self if self.vnni is not None or told == self.exact else replace(self, vnni=told)
+
+    @property
+    def delivery(self) -> Delivery:
+        words = "the processor has no VNNI, or does not tell: INT8 weights have 7 bits, which saturate on none"
+        return Delivery() if self.exact else Delivery(instead=(words,))
 
     @property
     def floats(self) -> tuple[Floats, ...]:
