@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import pytest
 
+from edgekd.core import processor
 from edgekd.stages.benchmark import runner_path
 from edgekd.targets._jetpack import table
 from tests.standins import bundles
@@ -423,11 +424,14 @@ def test_doctor_of_another_machine_says_that_it_is_no_jetson(measured: Path) -> 
 
 def test_openvino_is_served_by_the_same_commands(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
-    home = make_bundle(tmp_path, "openvino", [engine("student fp32", "student", "student.onnx")])
+    rows = [engine(f"student {floats}", "student", "student.onnx", floats=floats) for floats in ("fp32", "default")]
+    home = make_bundle(tmp_path, "openvino", rows)
     for command in ("build", "verify", "bench"):
         code, lines = run(command, home)
         assert code == 0, lines
     assert found(home, "verify")["engines"][0]["passes"] and found(home, "bench")["runtime"]["name"] == "openvino"
+    exact, default = (model["precision"] for model in found(home, "bench")["models"][:2])
+    assert exact == "fp32" and default == ("bf16" if {"avx512_bf16", "amx_bf16"} & set(processor.flags()) else "fp32")
 
 
 def test_the_models_in_bundles_of_this_file_are_whole(tmp_path: Path) -> None:

@@ -1160,7 +1160,7 @@ def verify(bundle, out, chosen):
 def spec_of(engine):
     """What a child needs to open an engine."""
     spec = {key: engine[key] for key in ("index", "name", "path", "precisions")}
-    floats = "fp32" if engine["precisions"] == ["fp32"] else "default"
+    floats = engine.get("floats") or ("fp32" if engine["precisions"] == ["fp32"] else "default")
     return dict(spec, dla=engine.get("dla"), precision=floats, model_sha256=engine["fact"]["sha256"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from edgekd import __version__
 from edgekd.core import onnx_facts
-from edgekd.core.artifact import File, OnnxModel
+from edgekd.core.artifact import File, Floats, OnnxModel
 from edgekd.core.errors import ConfigError, ModelError
 from edgekd.core.files import save_array
 from edgekd.core.settings import Settings
@@ -93,6 +93,7 @@ class Row:
     knows: bool
     macs: int
     parameters: int
+    floats: Floats = "fp32"  # what the runtime is asked to compute float operations in
 
 
 def bundle(
@@ -200,6 +201,10 @@ def rows_of(
                 parameters=sent.fp32.parameters,
             )
         )
+        if engine == "fp32":
+            for other in target.floats[1:]:  # the same file, with the rounding that FP16 and bf16 have
+                name = f"{sent.name} fp32 ({other} precision)"
+                rows.append(replace(rows[-1], name=name, floats=other, agreement=0.0 if dense else AGREEMENT["fp16"]))
     return rows
 
 

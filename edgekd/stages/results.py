@@ -173,7 +173,7 @@ def contestant(bundle: Bundle, manifest: dict[str, Any], row: dict[str, Any]) ->
     precision: Precision = "int8" if "int8" in row["precisions"] else row["precisions"][0]
     file = File.checked(bundle.folder / row["model"], manifest["files"][row["model"]]["sha256"])
     facts = (row["role"], row["method"], precision, file, row["macs"], row["parameters"])
-    return Contestant(row["name"], *facts, knows=row["knows"])
+    return Contestant(row["name"], *facts, knows=row["knows"], floats=row.get("floats", "fp32"))
 
 
 def copied(out: Path, returned: Returned) -> File:
