@@ -152,7 +152,7 @@ def quantize(
     ] = "minmax",
     json_: Json = False,
 ) -> None:
-    """Quantize any ONNX file to INT8. Method auto: the least error against FP32 on a quarter of --calib, held out."""
+    """Quantize any ONNX file to INT8. Method auto: the least error against FP32 on inputs held out."""
     from edgekd.stages.by_name import described, facts, quantize_by_name
 
     made = quantize_by_name(model, calib, out, target, dialect, jetpack, method)

@@ -26,7 +26,7 @@ from edgekd.core.ledger import Ledger, code
 from edgekd.core.method import Method
 from edgekd.core.model import Model
 from edgekd.core.task import Task
-from edgekd.pipeline import calibration, course, pricing, rehearse_all, tasks, teach
+from edgekd.pipeline import calibration, course, drawn_from, pricing, rehearse_all, tasks, teach
 from edgekd.stages.calibrate import CalibrationSet
 from edgekd.stages.contest import Classroom, Taught
 from edgekd.stages.distill import Trained
@@ -201,7 +201,8 @@ def contest(
 
     def one(entry: Contender, seed: int) -> list[tuple[str, Run]]:
         name = re.sub(r"[^\w.=-]+", "-", entry.label).strip("-")  # part of a file's name
-        taught = ledger.step(
+        price = pricing(config, entry.method, calib)
+        taught = ledger.given(drawn_from(price)).step(
             f"lesson-{name}-seed{seed}",
             Taught,
             room.teach,
@@ -211,7 +212,7 @@ def contest(
             entry.method,
             course(config, task, entry.method, seed),
             teachers,
-            pricing(config, entry.method, calib),
+            price,
         )
         return [
             (entry.label + t.weights.name.removeprefix(name).replace("-", "/", 1), run(t, taught, seed, grades))

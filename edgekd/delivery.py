@@ -24,7 +24,7 @@ from edgekd.stages.blueprint import learnt_ranges
 from edgekd.stages.bundle import Bundle, Sent, bundle
 from edgekd.stages.calibrate import CalibrationSet
 from edgekd.stages.carry import export_trained
-from edgekd.stages.choice import most_accurate
+from edgekd.stages.choice import JUDGES, most_accurate
 from edgekd.stages.distill import Trained
 from edgekd.stages.publish import replace_files
 from edgekd.stages.quantize import quantize_with
@@ -218,7 +218,8 @@ def quantized(
         found = ledger.step(
             f"ranges-{n}{end}", dict[str, Ranges], candidates_of, made, material.calib.images, config.quantize
         )
-        ranges[n] = ledger.step(
+        judged = ledger.given({m: code(plugins.places("metrics")[m]) for m in JUDGES})
+        ranges[n] = judged.step(
             f"method-{n}-{name}",
             Ranges,
             most_accurate,
@@ -228,7 +229,10 @@ def quantized(
             found,
             material.task,
         )
-        if learnt[n]:
+        first = config.targets[0].dialect
+        if learnt[n] and target.dialect.symmetric_activation != first.symmetric_activation:
+            log.info("%s: ranges of %s were learnt for another kind of INT8, so calibrated ones are used", name, n)
+        elif learnt[n]:
             ranges[n] = ledger.step(f"learnt-{n}-{name}", Ranges, learnt_ranges, made, ranges[n], learnt[n])
         if target.dialect.form != "cache":
             int8s[n] = ledger.step(

@@ -15,7 +15,7 @@ from edgekd.configuration import BuildConfig, unique
 from edgekd.core import plain, plugins
 from edgekd.core.artifact import File, Weights
 from edgekd.core.errors import ConfigError
-from edgekd.core.ledger import Ledger
+from edgekd.core.ledger import Ledger, code
 from edgekd.core.method import Method
 from edgekd.core.model import Model
 from edgekd.core.record import DataFacts, Record
@@ -139,7 +139,9 @@ def rehearse_all(
     )
     for model, method in entries:
         name, asked = f"rehearsal-{plugins.name_of(method)}", course(config, task, method, config.student.seed)
-        ledger.step(name, Rehearsed, rehearse, task, model, method, asked, cast, pricing(config, method, calib))
+        price = pricing(config, method, calib)
+        known = ledger.given(drawn_from(price))
+        known.step(name, Rehearsed, rehearse, task, model, method, asked, cast, price)
 
 
 def teacher_names(config: BuildConfig) -> list[str]:
@@ -176,8 +178,8 @@ def teach_students(
     c = config.student
     made: list[Trained] = []
     for method in methods(config):
-        name = plugins.name_of(method)
-        made += ledger.step(
+        name, price = plugins.name_of(method), pricing(config, method, calib)
+        made += ledger.given(drawn_from(price)).step(
             f"distill-{name}",
             Family,
             distill,
@@ -187,7 +189,7 @@ def teach_students(
             method,
             course(config, task, method, c.seed),
             teachers,
-            pricing(config, method, calib),
+            price,
         )
     return tuple(made)
 
@@ -208,6 +210,11 @@ def course(config: BuildConfig, task: Task, method: Method, seed: int) -> Course
 def pricing(config: BuildConfig, method: Method, calib: CalibrationSet) -> Priced | None:
     """What measures latencies for a method that asks for them: the first target."""
     return Priced(config.targets[0], calib, config.export, config.quantize) if method.priced else None
+
+
+def drawn_from(price: Priced | None) -> dict[str, object] | None:
+    """What a lesson depends on that asks about INT8 files: no training imports what makes them."""
+    return {"code": code(Priced.__module__), "dialect": price.target.dialect} if price else None
 
 
 def ready(config: TrainConfig) -> TrainConfig:

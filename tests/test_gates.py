@@ -121,6 +121,19 @@ def test_a_gate_for_one_target_leaves_the_others_alone():
     assert decide([Gate("drop", at_most=1.0, target="jetson")], [bench(Interval(0, 0, 0))]) == ()
 
 
+def test_a_gate_for_a_family_is_for_all_its_targets():
+    benches = [replace(bench(Interval(0, 0, 0)), target=name) for name in ("cpu-1t", "cpu-4t", "openvino")]
+    for name, count in (("cpu", 2), ("cpu-4t", 1), ("openvino", 1), ("", 3)):
+        assert len(decide([Gate("drop", at_most=1.0, target=name)], benches)) == count
+
+
+def test_the_size_of_a_file_that_is_gone_is_not_known():
+    row = bench(Interval(0, 0, 0))
+    contestant = replace(row.measurements[0].contestant, file=File(Path("nowhere.onnx"), ""))
+    gone = replace(row, measurements=(replace(row.measurements[0], contestant=contestant),))
+    assert [d.outcome for d in decide([Gate("kilobytes", at_most=1e9)], [gone, row])] == ["undecided", "passed"]
+
+
 def test_the_exit_code_is_that_of_the_worst():
     good, bad, unknown = (decide([Gate("drop", at_most=m)], [bench(Interval(0.2, 0.5, 0.8))]) for m in (1, 0.1, 0.6))
     assert [exit_code(d) for d in ((), good, bad, unknown)] == [0, 0, 3, 4]
@@ -137,9 +150,11 @@ def test_junit_tells_failures_from_what_is_undecided(tmp_path):
 
 def test_a_mistaken_gate_is_told():
     with pytest.raises(ConfigError, match="no gate can look at `dropp`"):
-        check([Gate("dropp", at_most=1)], ["top1"], ["cpu"])
+        check([Gate("dropp", at_most=1)], ["top1", "p50_ms"], ["cpu"])
     with pytest.raises(ConfigError, match="for the target `jetsen`"):
-        check([Gate("drop", at_most=1, target="jetsen")], ["top1"], ["cpu", "jetson"])
+        check([Gate("drop", at_most=1, target="jetsen")], ["top1", "p50_ms"], ["cpu", "jetson"])
+    with pytest.raises(ConfigError, match="gates need the metric `p50_ms`"):
+        check([Gate("drop", at_most=1)], ["top1"], ["cpu"])
     for limits in ({}, {"at_most": 1.0, "at_least": 2.0}):
         with pytest.raises(ConfigError, match="limits"):
             Gate("drop", **limits)

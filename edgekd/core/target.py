@@ -119,5 +119,8 @@ class Pricing(Protocol):
     def price_ms(self, out: Path, network: nn.Module) -> float:
         """The median latency of one image, ms; `out` is a folder to work in."""
 
+    def drafts(self) -> bool:
+        """Whether the target runs INT8 files."""
+
     def blueprint(self, out: Path, network: nn.Module) -> Blueprint:
         """What its INT8 file rounds; `out` is a folder to work in. Needs no device."""

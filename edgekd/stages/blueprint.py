@@ -77,6 +77,7 @@ def read(fp32: Path, int8: Path, ranges: Ranges, dialect: Dialect) -> Blueprint:
         own = [weights[name][0] for name in node.input if name in weights]
         return own or [known[name] for name in (n.removesuffix(RENAMED) for n in node.output) if name in known]
 
+    bounds = ranges.serving(dialect.symmetric_activation)
     tensors: dict[str, Rounded] = {}  # by the name of their scale
     for node in model.graph.node:
         if node.op_type != "QuantizeLinear" or node.input[0] in constants:
@@ -86,7 +87,7 @@ def read(fp32: Path, int8: Path, ranges: Ranges, dialect: Dialect) -> Blueprint:
         takers = None
         if free or node.input[0] in ends:
             takers = tuple(m for half in readers[node.output[0]] for n in readers[half.output[0]] for m in reader(n))
-        own = Rounded((known[name],), *ranges.bounds[name], takers)
+        own = Rounded((known[name],), *bounds[name], takers)
         same = (scale for scale, other in tensors.items() if nearest(known[name], other.marks) is not None)
         scale = node.input[1] if node.input[1] in tensors else next(same, node.input[1])
         tensors[scale] = joined(tensors[scale], own) if scale in tensors else own
@@ -140,4 +141,5 @@ def learnt_ranges(out: Path, model: Exported, ranges: Ranges, learnt: Sequence[L
             f"`{model.dynamic.name}` has no tensor for {lost} of the {len(wanted)} ranges that were learnt with it",
             hint="export the weights that were trained, and leave out what changes them (equalization, correction)",
         )
-    return Ranges(ranges.bounds | {name: (learnt[at].low, learnt[at].high) for name, at in places.items()})
+    bounds = ranges.bounds | {name: (learnt[at].low, learnt[at].high) for name, at in places.items()}
+    return replace(ranges, bounds=bounds, limits={n: limit for n, limit in ranges.limits.items() if n not in places})

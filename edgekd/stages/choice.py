@@ -20,6 +20,7 @@ from edgekd.stages.quantize import convert, in_pairs
 from edgekd.stages.ranges import Ranges, best
 
 log = logging.getLogger(__name__)
+JUDGES = ("top1", "delta1")  # the metric of class answers, and that of maps
 
 
 def most_accurate(
@@ -41,7 +42,7 @@ def most_accurate(
             target = Path(folder, "int8.onnx")
             convert(model.dynamic.file.path, target, known, in_pairs(dialect), ranges, model.single.macs)
             logits = onnx_facts.answers(target, inputs)
-        (percent,) = readings(Trial(nothing, nothing, logits, nothing, valid.labels), ("top1", "delta1")).values()
+        (percent,) = readings(Trial(nothing, nothing, logits, nothing, valid.labels), JUDGES).values()
         return percent
 
     chosen = best(found, grade)

@@ -73,7 +73,7 @@ def distill(
         the_lesson(task, model, networks, [t.classes for t in teachers], trainer, course.epochs),
         price=remembered(pricing, out / KEEP) if pricing and pricing.possible() else None,
         note=notes.__setitem__,
-        blueprint=partial(pricing.blueprint, out / KEEP / "draft") if pricing else None,
+        blueprint=partial(pricing.blueprint, out / KEEP / "draft") if pricing and pricing.drafts() else None,
         learnt=ranges.__setitem__,
     )
     freeze(lesson)

@@ -7,8 +7,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from edgekd.core import plugins
+from edgekd.core.errors import ConfigError
 from edgekd.core.gate import Decision, Gate, Outcome
 from edgekd.core.trial import BenchResult, Interval, Measurement
+from edgekd.stages.figures import size
 
 OTHER = ("drop", "teacher_drop", "speedup", "kilobytes", "macs", "parameters")  # measures that are no metrics
 NOISY = ("A/A", "throttled")  # warnings that leave a latency undecided
@@ -17,8 +19,11 @@ EXIT = {"passed": 0, "failed": 3, "undecided": 4}
 
 def check(gates: Iterable[Gate], metrics: Iterable[str], targets: Iterable[str]) -> None:
     """Raises ConfigError for a gate that looks at nothing which is measured, or is for a target that is not there."""
-    known, there = (*metrics, *OTHER), sorted({*targets, *plugins.names("targets")})
+    measured, labels, families = list(metrics), list(targets), plugins.names("targets")
+    known, there = (*measured, *OTHER), sorted({*labels, *families})
     for gate in gates:
+        if "p50_ms" not in measured:  # what ships is chosen by its latency, too
+            raise ConfigError("gates need the metric `p50_ms`", hint="add it to bench.metrics")
         if gate.measure not in known:
             raise plugins.unknown(f"no gate can look at `{gate.measure}`", gate.measure, list(known))
         if gate.target and gate.target not in there:
@@ -28,7 +33,12 @@ def check(gates: Iterable[Gate], metrics: Iterable[str], targets: Iterable[str])
 def decide(gates: Iterable[Gate], benches: Iterable[BenchResult]) -> tuple[Decision, ...]:
     """Every gate on every target that it is for, about the file that ships there."""
     rows = list(benches)
-    return tuple(decided(gate, bench) for gate in gates for bench in rows if gate.target in ("", bench.target))
+    return tuple(decided(gate, bench) for gate in gates for bench in rows if meant(gate, bench.target))
+
+
+def meant(gate: Gate, target: str) -> bool:
+    """Whether a gate is for a target: for all, for this one, or for all of its family (`cpu`: also `cpu-4t`)."""
+    return gate.target in ("", target) or target.startswith(f"{gate.target}-")
 
 
 def decided(gate: Gate, bench: BenchResult) -> Decision:
@@ -67,8 +77,9 @@ def number(measure: str, of: Measurement) -> Interval | None:
         return of.speedup
     if measure in of.intervals:
         return of.intervals[measure]
+    bytes_ = size(of.contestant.file)
     exact = {
-        "kilobytes": of.contestant.file.path.stat().st_size / 1000 if measure == "kilobytes" else 0.0,
+        **({} if bytes_ is None else {"kilobytes": bytes_ / 1000}),
         "macs": float(of.contestant.macs),
         "parameters": float(of.contestant.parameters),
         **of.readings,

@@ -13,6 +13,7 @@ from edgekd.metrics._percentile import nearest_rank
 Z = 1.959964  # of a normal distribution, for 95 %
 RESAMPLES = 1000
 GROUPS = 20  # of images, for the jackknife
+SHARES = ("top1", "agreement")  # metrics that count images
 
 
 def intervals(trial: Trial, teacher: np.ndarray, names: Sequence[str], seed: int) -> dict[str, Interval]:
@@ -26,10 +27,10 @@ def intervals(trial: Trial, teacher: np.ndarray, names: Sequence[str], seed: int
             continue
         if "ns" in metric.reads:
             found[name] = resampled(metric, trial, seed)
-        elif metric.maps:
-            found[name] = jackknifed(metric, trial)
-        else:
+        elif name in SHARES:
             found[name] = share(metric(trial), len(trial.logits))
+        elif len(trial.logits) > 1:
+            found[name] = jackknifed(metric, trial)
     if trial.logits.ndim == 2 and trial.logits.size and trial.labels.size:
         own = right(trial.logits, trial.labels)
         if trial.reference.size:
@@ -85,8 +86,6 @@ def jackknifed(metric: Metric, trial: Trial) -> Interval:
     count = len(trial.logits)
     groups = np.array_split(np.arange(count), min(GROUPS, count))
     mid = metric(trial)
-    if len(groups) < 2:
-        return Interval(mid, mid, mid)
     without = np.array([metric(kept(trial, np.setdiff1d(np.arange(count), group))) for group in groups])
     spread = Z * np.sqrt((len(groups) - 1) / len(groups) * ((without - without.mean()) ** 2).sum())
     return Interval(mid - spread, mid, mid + spread)

@@ -74,9 +74,11 @@ def rehearse(
     lesson = the_lesson(task, model, modules, [classes for _, classes in cast], trainer, course.epochs)
     if pricing:
         price = partial(pricing.price_ms, out / "price") if pricing.possible() else None
-        lesson = replace(lesson, price=price, blueprint=partial(pricing.blueprint, out / "draft"))
+        draft = partial(pricing.blueprint, out / "draft") if pricing.drafts() else None
+        lesson = replace(lesson, price=price, blueprint=draft)
     freeze(lesson)
-    return Rehearsed(next(method.teach(lesson)).name)
+    phase = next(method.teach(lesson), None)
+    return Rehearsed(phase.name if phase else "")
 
 
 def the_lesson(

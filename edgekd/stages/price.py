@@ -57,6 +57,9 @@ class Priced:
         shutil.rmtree(out)
         return nearest_rank(ns.ravel(), 50) / 1e6
 
+    def drafts(self) -> bool:
+        return "int8" in self.target.delivery.engines
+
     def blueprint(self, out: Path, network: nn.Module) -> Blueprint:
         """What the INT8 file of a network for the target rounds. `out` is used and left empty."""
         return blueprint.draft(out, network, self.target.dialect, self.calib.images, self.export, self.quantize)

@@ -44,6 +44,6 @@ def templates() -> list[File]:
 def publish(made: Rendered, out: Path) -> None:
     replace_files(made.files, out)
     current = {file.path.name for file in made.files}
-    for old in out.glob("samples-*.npz"):
+    for old in (*out.glob("samples-*.npz"), *out.glob("junit.xml")):
         if old.name not in current:
             old.unlink()

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import onnx
 
 LOWEST_OPSET = 13  # Q/DQ with a scale per channel
-HELD = 4  # every 4th batch of inputs judges, where no labels do
 Bounds: TypeAlias = tuple[float, float]
 METHODS = ("minmax", "moving_average", "percentile", "entropy", "mse")  # the first of equals is chosen
 
