@@ -20,7 +20,7 @@ from edgekd.core.errors import ConfigError, DataError, EdgekdError, StaleArtifac
 from edgekd.core.trial import BenchResult, Contestant, Interval, Trial
 from edgekd.metrics._percentile import nearest_rank
 from edgekd.stages import benchmark as stage
-from edgekd.stages import lineup, statistics
+from edgekd.stages import judge, lineup, statistics
 from edgekd.stages.benchmark import BenchConfig, answer, benchmark, noise
 from edgekd.targets.cpu import Cpu
 from edgekd.targets.openvino import OpenVino
@@ -84,7 +84,7 @@ def test_metrics_read_what_they_say() -> None:
         labels=np.array([0, 1, 0, 0]),
     )
     expected = {"min_ms": 1, "p50_ms": 500, "p90_ms": 900, "p99_ms": 990, "mean_ms": 500.5, "top1": 75, "agreement": 0}
-    assert stage.readings(trial, tuple(expected)) == expected
+    assert judge.readings(trial, tuple(expected)) == expected
 
 
 def test_every_metric_is_listed_under_its_own_name_and_says_what_it_needs() -> None:
@@ -98,7 +98,7 @@ def test_every_metric_is_listed_under_its_own_name_and_says_what_it_needs() -> N
 def test_a_metric_without_its_part_of_the_trial_is_left_out() -> None:
     none = np.zeros((0, 0))
     trial = Trial(np.array([2_000_000]), np.zeros(1), none, none, np.zeros(0))
-    assert stage.readings(trial, ("top1", "agreement", "min_ms")) == {"min_ms": 2.0}
+    assert judge.readings(trial, ("top1", "agreement", "min_ms")) == {"min_ms": 2.0}
 
 
 # --- settings ---

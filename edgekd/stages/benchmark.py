@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from edgekd.core.files import save_array
 from edgekd.core.progress import bar
 from edgekd.core.settings import Settings
 from edgekd.core.target import Target
-from edgekd.core.trial import BenchResult, Contestant, Machine, Measurement, Metric, Runtime, Trial
+from edgekd.core.trial import BenchResult, Contestant, Machine, Runtime
 from edgekd.stages import statistics
-from edgekd.stages.intervals import intervals
-from edgekd.stages.lineup import check, computed, linked, original
+from edgekd.stages.judge import judged, trials
+from edgekd.stages.lineup import check, computed
 
 WARMUP_CALLS = 50
 SCOPE = "one image per call, from Python, with the runtime's own copies; no pre- or post-processing"
@@ -118,18 +118,9 @@ def benchmark(
     same_files(timed, result)
     samples = File.of(out / "samples.npz")
     ns = nanoseconds(samples, len(timed), config.blocks)
-    aa = statistics.ratio(ns[base], ns[-1], config.seed)
     seen = trials(contestants, ns, logits, labels, reference)
-    teacher = known_answers(contestants[base], logits[base])
-    measurements = []
-    for index, contestant in enumerate(contestants):
-        speedup = None if index == base else statistics.ratio(ns[base], ns[index], config.seed)
-        verdict = statistics.verdict(speedup, aa) if speedup else ""
-        kept = replace(contestant, file=linked(out, index, contestant))
-        in_force = result["models"][index]["precision"]
-        sure = intervals(seen[index], teacher, config.metrics, config.seed)
-        read_off = readings(seen[index], config.metrics)
-        measurements.append(Measurement(kept, read_off, speedup, verdict, in_force, intervals=sure))
+    in_force = [model["precision"] for model in result["models"]]
+    aa, measurements = judged(out, contestants, base, seen, ns, in_force, config)
     return BenchResult(
         target=target_name,
         not_measured="",
@@ -138,16 +129,11 @@ def benchmark(
         protocol=protocol | read_back(result),
         aa=aa,
         warnings=(*statistics.doubts(aa, dict(zip(timed, ns, strict=True)), result), *fewer(target, result)),
-        measurements=tuple(measurements),
+        measurements=measurements,
         samples=samples,
         started=started,
         seconds=round(time.perf_counter() - clock, 3),
     )
-
-
-def known_answers(base: Contestant, logits: np.ndarray) -> np.ndarray:
-    """The answers of the teacher, if it is one, and answers for the labels' classes; or else nothing."""
-    return logits if base.role == "teacher" and base.knows else np.zeros(0)
 
 
 def fewer(target: Target, result: dict[str, Any]) -> list[str]:
@@ -161,24 +147,6 @@ def same_files(models: dict[str, File], result: dict[str, Any]) -> None:
     for file, ran in zip(models.values(), result["models"], strict=True):
         if ran["sha256"] != file.sha256:
             raise StaleArtifact(f"`{file.path}` changed since it was recorded", hint="make it again, then measure")
-
-
-def trials(
-    contestants: tuple[Contestant, ...],
-    ns: list[np.ndarray],
-    logits: list[np.ndarray],
-    labels: File | None,
-    reference: str,
-) -> list[Trial]:
-    """What was seen of each contestant; empty arrays stand for what was not."""
-    truth = np.zeros(0, np.int64) if labels is None else np.load(labels.path)
-    seen = []
-    for index, contestant in enumerate(contestants):
-        twin = original(contestant, contestants, reference)
-        compared = np.zeros((0, 0), np.float32) if twin is None else logits[twin]
-        block = np.repeat(np.arange(len(ns[index])), ns[index].shape[1])
-        seen.append(Trial(ns[index].ravel(), block, logits[index], compared, truth if contestant.knows else truth[:0]))
-    return seen
 
 
 def nanoseconds(samples: File, models: int, blocks: int) -> list[np.ndarray]:
@@ -203,16 +171,6 @@ def read_back(result: dict[str, Any]) -> dict[str, Any]:
         "runtime": {key: value for key, value in result["runtime"].items() if key not in RUNTIME},
         "conditions": result["conditions"] | {k: result["machine"][k] for k in ("affinity", "cpu_quota", "governor")},
         "cold_start_ms": {m["name"]: {k: m[f"{k}_ms"] for k in STARTS if f"{k}_ms" in m} for m in result["models"]},
-    }
-
-
-def readings(trial: Trial, names: tuple[str, ...]) -> dict[str, float]:
-    """What the metrics say; one whose part of the trial is empty, or of another kind, says nothing."""
-    metrics: dict[str, Metric] = {name: plugins.load("metrics", name)() for name in names}
-    return {
-        name: metric(trial)
-        for name, metric in metrics.items()
-        if metric.maps in (None, trial.logits.ndim > 2) and all(getattr(trial, part).size for part in metric.reads)
     }
 
 

@@ -14,8 +14,8 @@ from edgekd.core.onnx_facts import Exported
 from edgekd.core.target import Dialect
 from edgekd.core.task import Task
 from edgekd.core.trial import Trial
-from edgekd.stages.benchmark import readings
 from edgekd.stages.calibrate import load_calibration
+from edgekd.stages.judge import readings
 from edgekd.stages.quantize import convert, in_pairs
 from edgekd.stages.ranges import Ranges, best
 

@@ -105,7 +105,7 @@ def translate(network: nn.Module, images: np.ndarray, opset: int, answer: tuple[
             return (
                 programmed(network, probe, opset) if opset >= PROGRAM_OPSET else traced(network, probe, opset, answer)
             )
-    except (RuntimeError, TypeError, ValueError) as error:  # NotImplementedError is a RuntimeError
+    except (RuntimeError, TypeError, ValueError) as error:  # what an exporter does not know ends in one of these
         root: BaseException = error
         while root.__cause__:
             root = root.__cause__

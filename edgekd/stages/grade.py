@@ -12,8 +12,8 @@ from edgekd.core.task import Task
 from edgekd.core.trial import Trial
 from edgekd.learn.macs import macs
 from edgekd.learn.trainer import arrange
-from edgekd.stages.benchmark import readings
 from edgekd.stages.distill import Trained
+from edgekd.stages.judge import readings
 
 BATCH = 256
 

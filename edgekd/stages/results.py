@@ -14,22 +14,18 @@ import numpy as np
 
 from edgekd.core.artifact import File, Precision
 from edgekd.core.errors import ConfigError, EdgekdError, StaleArtifact
-from edgekd.core.trial import BenchResult, Contestant, Machine, Measurement, Runtime
+from edgekd.core.trial import BenchResult, Contestant, Machine, Runtime
 from edgekd.stages import statistics
 from edgekd.stages.benchmark import (
     RUNTIME,
     SCOPE,
     BenchConfig,
-    known_answers,
     machine,
     nanoseconds,
     read_back,
-    readings,
-    trials,
 )
 from edgekd.stages.bundle import SCHEMA, Bundle
-from edgekd.stages.intervals import intervals
-from edgekd.stages.lineup import linked
+from edgekd.stages.judge import judged, trials
 
 RESULT, SAMPLES = "result.json", "samples.npz"
 AGAIN = "run `sh run.sh` in the bundle on the device again, and bring the whole folder `results`"
@@ -130,23 +126,18 @@ def measured(out: Path, bundle: Bundle, returned: Returned, config: BenchConfig)
     base = timed.index(timed[-1].removesuffix(" again"))
     samples = copied(out, returned)
     ns = calls(samples, timed, bench["protocol"]["blocks"])
-    aa = statistics.ratio(ns[base], ns[-1], config.seed)
     labels = File.of(bundle.folder / manifest["labels"]) if manifest["labels"] else None
     images = len(np.load(bundle.folder / manifest["inputs"], mmap_mode="r"))
     logits = [answers(returned, rows[name][0], images) for name in timed[:-1]]
     reference = next((c.name for c in contestants if (c.role, c.precision) == ("student", "fp32")), timed[0])
     seen = trials(contestants, ns, logits, labels, reference)
     drawn, wrong = energy(found), astray(found)
-    teacher = known_answers(contestants[base], logits[base])
-    measurements = []
-    for index, one in enumerate(contestants):
-        speedup = None if index == base else statistics.ratio(ns[base], ns[index], config.seed)
-        verdict = statistics.verdict(speedup, aa) if speedup else ""
-        kept = replace(one, file=linked(out, index, one))
-        read_off = readings(seen[index], config.metrics) | drawn.get(one.name, {})
-        floats = bench["models"][index]["precision"].removeprefix("int8+")
-        sure = intervals(seen[index], teacher, config.metrics, config.seed)
-        measurements.append(Measurement(kept, read_off, speedup, verdict, floats, wrong.get(one.name, ""), sure))
+    floats = [model["precision"].removeprefix("int8+") for model in bench["models"]]
+    aa, seen_here = judged(out, contestants, base, seen, ns, floats, config)
+    measurements = [
+        replace(m, readings=m.readings | drawn.get(one.name, {}), astray=wrong.get(one.name, ""))
+        for one, m in zip(contestants, seen_here, strict=True)
+    ]
     doubts = statistics.doubts(aa, dict(zip(timed, ns, strict=True)), bench)
     protocol = {
         "batch": 1,

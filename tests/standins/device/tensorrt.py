@@ -70,7 +70,7 @@ class ILogger:
         self.ready = True
 
     def log(self, severity, msg):
-        raise NotImplementedError  # pure virtual in the real one, too: a logger must bring its own
+        raise RuntimeError('Tried to call pure virtual function "ILogger::log"')  # as pybind11 does
 
 
 def listening(logger):
