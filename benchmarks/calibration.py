@@ -31,7 +31,7 @@ import sys
 from pathlib import Path
 import numpy as np, torch
 from edgekd.models.mobilenet_v2 import MobileNetV2Model
-from edgekd.stages.export import ExportConfig, export
+from edgekd.stages.export.export import ExportConfig, export
 torch.manual_seed(0)
 out, size, *counts = Path(sys.argv[1]), *map(int, sys.argv[2:])
 images = np.random.default_rng(0).standard_normal((max(counts), 3, size, size), np.float32)
@@ -43,8 +43,8 @@ OURS = """
 import logging, sys, time
 from pathlib import Path
 from edgekd.core.onnx_facts import facts
-from edgekd.stages.calibrate import load_calibration
-from edgekd.stages.ranges import QuantizeConfig, calibrate
+from edgekd.stages.quantize.calibrate import load_calibration
+from edgekd.stages.quantize.ranges import QuantizeConfig, calibrate
 import onnx, onnxruntime.quantization
 model, images, method = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 start, used = time.perf_counter(), time.process_time()

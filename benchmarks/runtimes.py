@@ -31,10 +31,10 @@ from edgekd.core.onnx_facts import facts
 from edgekd.core.target import Target
 from edgekd.core.trial import Contestant
 from edgekd.metrics._percentile import nearest_rank
-from edgekd.stages.benchmark import BenchConfig, benchmark, job, nanoseconds, run
-from edgekd.stages.calibrate import load_calibration
-from edgekd.stages.compare import table
-from edgekd.stages.quantize import QuantizeConfig, quantize_file
+from edgekd.stages.bench.benchmark import BenchConfig, benchmark, job, nanoseconds, run
+from edgekd.stages.bench.compare import table
+from edgekd.stages.quantize.calibrate import load_calibration
+from edgekd.stages.quantize.quantize import QuantizeConfig, quantize_file
 from edgekd.targets.cpu import Cpu
 from edgekd.targets.openvino import OpenVino
 

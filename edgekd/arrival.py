@@ -12,11 +12,11 @@ from edgekd.core.errors import ConfigError
 from edgekd.core.ledger import Ledger
 from edgekd.core.record import Record
 from edgekd.delivery import named, read_off, shipped
-from edgekd.stages.bundle import MANIFEST, Bundle
-from edgekd.stages.gates import decide
-from edgekd.stages.publish import Rendered, publish, rendered, replace_files, templates
-from edgekd.stages.report import read as read_report
-from edgekd.stages.results import RESULT, read, taken
+from edgekd.stages.bench.gates import decide
+from edgekd.stages.device.bundle import MANIFEST, Bundle
+from edgekd.stages.device.results import RESULT, read, taken
+from edgekd.stages.report.publish import Rendered, publish, rendered, replace_files, templates
+from edgekd.stages.report.report import read as read_report
 
 RUNS = Path("runs")  # where builds go that are not told otherwise
 

@@ -59,8 +59,8 @@ def build(
 ) -> None:
     """Distil, export, quantize, verify, measure and report; what did not change is not done again."""
     from edgekd import configuration, pipeline
-    from edgekd.stages import ssh
-    from edgekd.stages.gates import exit_code
+    from edgekd.stages.bench.gates import exit_code
+    from edgekd.stages.device import ssh
 
     there = ssh.asked(device, lock_clocks)
     config = configuration.configured(recipe, tuple(set_ or ()), tuple(target or ()), smoke)
@@ -101,7 +101,7 @@ def compare(
 ) -> None:
     """Teach one student by several methods and seeds with the same budget, and say which is better."""
     from edgekd import comparison, configuration
-    from edgekd.stages.standings import summary, text
+    from edgekd.stages.report.standings import summary, text
 
     config = configuration.configured(recipe, tuple(set_ or ()), (), smoke)
     config = comparison.entered(config, method or (), seeds, baseline)
@@ -128,9 +128,9 @@ def export(
     json_: Json = False,
 ) -> None:
     """Write a trained torch network as ONNX, and prove that it answers alike."""
-    from edgekd.stages.by_name import described, facts
-    from edgekd.stages.carry import export_checkpoint, opset_for
-    from edgekd.stages.export import ExportConfig
+    from edgekd.stages.export.carry import export_checkpoint, opset_for
+    from edgekd.stages.export.export import ExportConfig
+    from edgekd.stages.quantize.by_name import described, facts
 
     config = ExportConfig(opset=opset_for(opset, jetpack))
     made = export_checkpoint(out, model, checkpoint, images, classes, config, trust)
@@ -153,7 +153,7 @@ def quantize(
     json_: Json = False,
 ) -> None:
     """Quantize any ONNX file to INT8. Method auto: the least error against FP32 on inputs held out."""
-    from edgekd.stages.by_name import described, facts, quantize_by_name
+    from edgekd.stages.quantize.by_name import described, facts, quantize_by_name
 
     made = quantize_by_name(model, calib, out, target, dialect, jetpack, method)
     emit(json_, facts(made), described(made))
@@ -166,7 +166,7 @@ def lint(
     json_: Json = False,
 ) -> None:
     """Tell what TensorRT on a Jetson will refuse in an ONNX file, or run slowly, and the fix."""
-    from edgekd.stages import lint as stage
+    from edgekd.stages.lint import lint as stage
 
     verdict = stage.lint(model, jetpack)
     emit(json_, stage.as_json(verdict), stage.described(verdict))
@@ -206,8 +206,8 @@ def bench(
     """Compare the latency of any ONNX files on one target."""
     from edgekd.core import plain
     from edgekd.core.ledger import Ledger
-    from edgekd.stages.benchmark import BenchConfig
-    from edgekd.stages.compare import compare_files, table
+    from edgekd.stages.bench.benchmark import BenchConfig
+    from edgekd.stages.bench.compare import compare_files, table
 
     config = BenchConfig(blocks=4, calls=16, warmup_s=0.05, metrics=("top1", "p50_ms")) if smoke else BenchConfig()
     with Ledger(out).locked():
@@ -223,7 +223,7 @@ def import_result(
 ) -> None:
     """Put what a device measured into the report of the build that made its bundle."""
     from edgekd import arrival, pipeline
-    from edgekd.stages.gates import exit_code
+    from edgekd.stages.bench.gates import exit_code
 
     record, folder = arrival.import_result(result, out)
     say(f"report: {folder / 'report.html'}")
@@ -234,8 +234,8 @@ def import_result(
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="The --out folder of a build.")]) -> None:
     """Write a build's report again from its report.json."""
-    from edgekd.stages.report import read
-    from edgekd.stages.report import report as write
+    from edgekd.stages.report.report import read
+    from edgekd.stages.report.report import report as write
 
     say(f"report: {write(read(folder / 'report.json'), folder)}")
 

@@ -27,11 +27,11 @@ from edgekd.core.method import Method
 from edgekd.core.model import Model
 from edgekd.core.task import Task
 from edgekd.pipeline import calibration, course, drawn_from, pricing, rehearse_all, tasks, teach
-from edgekd.stages.calibrate import CalibrationSet
-from edgekd.stages.contest import Classroom, Taught
-from edgekd.stages.distill import Trained
-from edgekd.stages.grade import Graded, grade
-from edgekd.stages.standings import Comparison, Run, Teacher, publish, scored, standings
+from edgekd.stages.quantize.calibrate import CalibrationSet
+from edgekd.stages.report.standings import Comparison, Run, Teacher, publish, scored, standings
+from edgekd.stages.training.contest import Classroom, Taught
+from edgekd.stages.training.distill import Trained
+from edgekd.stages.training.grade import Graded, grade
 
 log = logging.getLogger(__name__)
 PACKAGES = ("torch", "numpy")  # whose versions a result depends on

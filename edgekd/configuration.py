@@ -16,11 +16,11 @@ from edgekd.core.settings import Settings
 from edgekd.core.target import Target
 from edgekd.core.task import Scale, Source
 from edgekd.learn.trainer import TrainConfig
-from edgekd.stages.benchmark import BenchConfig
-from edgekd.stages.bundle import BundleConfig
-from edgekd.stages.calibrate import CalibConfig
-from edgekd.stages.export import ExportConfig
-from edgekd.stages.ranges import QuantizeConfig
+from edgekd.stages.bench.benchmark import BenchConfig
+from edgekd.stages.device.bundle import BundleConfig
+from edgekd.stages.export.export import ExportConfig
+from edgekd.stages.quantize.calibrate import CalibConfig
+from edgekd.stages.quantize.ranges import QuantizeConfig
 
 SMOKE_METRICS = ("top1", "agreement", "delta1", "rmse", "p50_ms")
 

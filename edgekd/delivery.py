@@ -17,21 +17,21 @@ from edgekd.core.onnx_facts import Exported
 from edgekd.core.target import Target
 from edgekd.core.task import Task
 from edgekd.core.trial import BenchResult, Contestant, Role
-from edgekd.stages import local, remote
-from edgekd.stages.assign import assigned
-from edgekd.stages.benchmark import BenchConfig, benchmark, runner_path
-from edgekd.stages.blueprint import learnt_ranges
-from edgekd.stages.bundle import Bundle, Sent, bundle
-from edgekd.stages.calibrate import CalibrationSet
-from edgekd.stages.carry import export_trained
-from edgekd.stages.choice import JUDGES, most_accurate
-from edgekd.stages.distill import Trained
-from edgekd.stages.publish import replace_files
-from edgekd.stages.quantize import quantize_with
-from edgekd.stages.ranges import Ranges, candidates_of
-from edgekd.stages.remote import Place
-from edgekd.stages.results import RESULT, Returned, measured, read, taken
-from edgekd.stages.ssh import Device, porter_path
+from edgekd.stages.bench.assign import assigned
+from edgekd.stages.bench.benchmark import BenchConfig, benchmark, runner_path
+from edgekd.stages.device import local, remote
+from edgekd.stages.device.bundle import Bundle, Sent, bundle
+from edgekd.stages.device.remote import Place
+from edgekd.stages.device.results import RESULT, Returned, measured, read, taken
+from edgekd.stages.device.ssh import Device, porter_path
+from edgekd.stages.export.carry import export_trained
+from edgekd.stages.quantize.blueprint import learnt_ranges
+from edgekd.stages.quantize.calibrate import CalibrationSet
+from edgekd.stages.quantize.choice import JUDGES, most_accurate
+from edgekd.stages.quantize.quantize import quantize_with
+from edgekd.stages.quantize.ranges import Ranges, candidates_of
+from edgekd.stages.report.publish import replace_files
+from edgekd.stages.training.distill import Trained
 
 log = logging.getLogger(__name__)
 

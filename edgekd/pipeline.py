@@ -23,17 +23,17 @@ from edgekd.core.task import SPLITS, Scale, Task
 from edgekd.delivery import Away, Material, deliver, export_all, fitted, named, readable
 from edgekd.learn.trainer import TrainConfig, resolved
 from edgekd.methods.alone import Alone
-from edgekd.stages.bundle import place
-from edgekd.stages.calibrate import CalibrationSet, collect, own_file
-from edgekd.stages.compare import table
-from edgekd.stages.distill import Trained, adopt, distill
-from edgekd.stages.gates import check, decide
-from edgekd.stages.lesson import Course, Rehearsed, rehearse
-from edgekd.stages.prepare import exam, prepare
-from edgekd.stages.price import Priced
-from edgekd.stages.publish import Rendered, publish, rendered, replace_files, templates
-from edgekd.stages.ssh import Device
-from edgekd.stages.words import unmeasured
+from edgekd.stages.bench.compare import table
+from edgekd.stages.bench.gates import check, decide
+from edgekd.stages.device.bundle import place
+from edgekd.stages.device.ssh import Device
+from edgekd.stages.quantize.calibrate import CalibrationSet, collect, own_file
+from edgekd.stages.report.publish import Rendered, publish, rendered, replace_files, templates
+from edgekd.stages.report.words import unmeasured
+from edgekd.stages.training.distill import Trained, adopt, distill
+from edgekd.stages.training.lesson import Course, Rehearsed, rehearse
+from edgekd.stages.training.prepare import exam, prepare
+from edgekd.stages.training.price import Priced
 
 log = logging.getLogger(__name__)
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")  # whose versions a result depends on

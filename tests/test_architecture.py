@@ -30,9 +30,10 @@ RANK = {
 }
 PLUGINS = {"methods", "targets", "metrics", "models", "data"}
 TORCH_FREE = ["core.ledger", "core.plain", "core.method", "core.config", "core.onnx_facts", "targets.cpu"]
-TORCH_FREE += ["metrics.p99_ms", "stages.benchmark", "stages.report", "stages.quantize", "stages.compare"]
-TORCH_FREE += ["targets.jetson", "targets.tensorrt", "stages.bundle", "stages.doctor", "stages.calibrate", "cli"]
-TORCH_FREE += ["stages.ssh", "stages.remote", "stages.results"]
+TORCH_FREE += ["targets.jetson", "targets.tensorrt", "metrics.p99_ms", "cli", "stages.doctor"]
+TORCH_FREE += ["stages.bench.benchmark", "stages.bench.compare", "stages.report.report", "stages.quantize.quantize"]
+TORCH_FREE += ["stages.quantize.calibrate", "stages.device.bundle", "stages.device.ssh", "stages.device.remote"]
+TORCH_FREE += ["stages.device.results"]
 
 
 def layer(dotted):

@@ -21,12 +21,12 @@ from torch import nn
 from edgekd.core.artifact import File
 from edgekd.core.trial import BenchResult
 from edgekd.models.resnet import ResNet
-from edgekd.stages.benchmark import BenchConfig, runner_path
-from edgekd.stages.bundle import Bundle, BundleConfig, Sent, bundle
-from edgekd.stages.export import ExportConfig, export
-from edgekd.stages.quantize import quantize_with
-from edgekd.stages.ranges import QuantizeConfig, ranges_of
-from edgekd.stages.results import measured, taken
+from edgekd.stages.bench.benchmark import BenchConfig, runner_path
+from edgekd.stages.device.bundle import Bundle, BundleConfig, Sent, bundle
+from edgekd.stages.device.results import measured, taken
+from edgekd.stages.export.export import ExportConfig, export
+from edgekd.stages.quantize.quantize import quantize_with
+from edgekd.stages.quantize.ranges import QuantizeConfig, ranges_of
 from edgekd.targets.cpu import Cpu
 from tests.standins.bundles import found
 

@@ -19,9 +19,9 @@ from edgekd.core.artifact import File
 from edgekd.core.errors import ConfigError, DataError, EdgekdError, StaleArtifact
 from edgekd.core.trial import BenchResult, Contestant, Interval, Trial
 from edgekd.metrics._percentile import nearest_rank
-from edgekd.stages import benchmark as stage
-from edgekd.stages import judge, lineup, statistics
-from edgekd.stages.benchmark import BenchConfig, answer, benchmark, noise
+from edgekd.stages.bench import benchmark as stage
+from edgekd.stages.bench import judge, lineup, statistics
+from edgekd.stages.bench.benchmark import BenchConfig, answer, benchmark, noise
 from edgekd.targets.cpu import Cpu
 from edgekd.targets.openvino import OpenVino
 from tests.standins.bundles import network
@@ -405,7 +405,7 @@ import sys
 sys.modules["torch"] = None
 from pathlib import Path
 from edgekd.core.artifact import File
-from edgekd.stages.benchmark import answer
+from edgekd.stages.bench.benchmark import answer
 from edgekd.targets.cpu import Cpu
 answer(Path({str(tmp_path / "out")!r}), File.of(Path({str(file.path)!r})), Cpu(), File.of(Path({str(exam[0].path)!r})))
 assert "onnxruntime" not in sys.modules

@@ -9,11 +9,11 @@ import torch
 
 from edgekd.core.artifact import File
 from edgekd.core.trial import BenchResult, Contestant, Interval, Measurement
-from edgekd.stages.assign import assigned
-from edgekd.stages.calibrate import CalibConfig, CalibrationSet, collect
-from edgekd.stages.export import ExportConfig
-from edgekd.stages.price import Priced
-from edgekd.stages.quantize import QuantizeConfig
+from edgekd.stages.bench.assign import assigned
+from edgekd.stages.export.export import ExportConfig
+from edgekd.stages.quantize.calibrate import CalibConfig, CalibrationSet, collect
+from edgekd.stages.quantize.quantize import QuantizeConfig
+from edgekd.stages.training.price import Priced
 from edgekd.targets.cpu import Cpu
 from tests import zoo
 

@@ -21,11 +21,11 @@ from edgekd.core import onnx_facts
 from edgekd.core.artifact import File
 from edgekd.core.errors import ConfigError, ModelError, StaleArtifact
 from edgekd.core.ledger import Ledger
-from edgekd.stages.benchmark import BenchConfig, runner_path
-from edgekd.stages.bundle import Bundle, BundleConfig, Sent, bundle, place
-from edgekd.stages.export import ExportConfig, export
-from edgekd.stages.quantize import quantize_with
-from edgekd.stages.ranges import QuantizeConfig, ranges_of
+from edgekd.stages.bench.benchmark import BenchConfig, runner_path
+from edgekd.stages.device.bundle import Bundle, BundleConfig, Sent, bundle, place
+from edgekd.stages.export.export import ExportConfig, export
+from edgekd.stages.quantize.quantize import quantize_with
+from edgekd.stages.quantize.ranges import QuantizeConfig, ranges_of
 from edgekd.targets.cpu import Cpu
 from edgekd.targets.jetson import Jetson
 from edgekd.targets.tensorrt import TensorRt

@@ -6,8 +6,8 @@ from torch import nn
 
 from edgekd.core.errors import ConfigError, ParityError
 from edgekd.learn import weights
-from edgekd.stages.carry import export_checkpoint
-from edgekd.stages.export import ExportConfig
+from edgekd.stages.export.carry import export_checkpoint
+from edgekd.stages.export.export import ExportConfig
 from tests import zoo
 
 

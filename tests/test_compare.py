@@ -7,7 +7,7 @@ import pytest
 
 from edgekd.core.artifact import File
 from edgekd.core.errors import ConfigError, DataError
-from edgekd.stages.compare import contestant, true_classes
+from edgekd.stages.bench.compare import contestant, true_classes
 from tests.test_export import one_node
 
 

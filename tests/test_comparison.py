@@ -26,13 +26,13 @@ from edgekd.core.trial import Interval
 from edgekd.learn import weights
 from edgekd.learn.trainer import TrainConfig
 from edgekd.pipeline import distilled
-from edgekd.stages.calibrate import CalibConfig
-from edgekd.stages.contest import Classroom
-from edgekd.stages.distill import adopt
-from edgekd.stages.grade import grade
-from edgekd.stages.lesson import Course
-from edgekd.stages.prepare import prepare
-from edgekd.stages.standings import Run, paired_interval, standings, verdict
+from edgekd.stages.quantize.calibrate import CalibConfig
+from edgekd.stages.report.standings import Run, paired_interval, standings, verdict
+from edgekd.stages.training.contest import Classroom
+from edgekd.stages.training.distill import adopt
+from edgekd.stages.training.grade import grade
+from edgekd.stages.training.lesson import Course
+from edgekd.stages.training.prepare import prepare
 from tests import zoo
 
 ROOT = Path(__file__).parent.parent

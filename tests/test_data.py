@@ -11,7 +11,7 @@ from edgekd.core.task import Arrays, Augment
 from edgekd.data.digits import Digits
 from edgekd.data.folder import Folder
 from edgekd.learn.feed import Feed, augmented
-from edgekd.stages.prepare import prepare
+from edgekd.stages.training.prepare import prepare
 from tests import zoo
 
 

@@ -15,7 +15,7 @@ from edgekd.data.scenes import FOCAL, Scenes, directions, scene, sphere
 from edgekd.learn.losses import imitation, supervised
 from edgekd.models.unet import UNetModel
 from edgekd.pipeline import build
-from edgekd.stages.prepare import prepare
+from edgekd.stages.training.prepare import prepare
 
 NAN = float("nan")
 

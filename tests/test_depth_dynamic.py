@@ -21,8 +21,8 @@ from edgekd.models.resnet import ResNet
 from edgekd.models.shufflenet import ShuffleNetModel
 from edgekd.models.unet import UNetModel
 from edgekd.models.vgg import VGGModel
-from edgekd.stages.distill import distill
-from edgekd.stages.lesson import Course
+from edgekd.stages.training.distill import distill
+from edgekd.stages.training.lesson import Course
 from tests import zoo
 
 STAGES = [Stage("stage1", 3, 1), Stage("stage2", 3, 1)]

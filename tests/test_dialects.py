@@ -18,13 +18,13 @@ from edgekd.core.artifact import File
 from edgekd.core.errors import ConfigError, ModelError
 from edgekd.core.ledger import Ledger
 from edgekd.core.target import Dialect
-from edgekd.stages.by_name import quantize_by_name
-from edgekd.stages.cache import tag, write_cache
-from edgekd.stages.explicit import explicit
-from edgekd.stages.export import ExportConfig, export
-from edgekd.stages.lint import lint
-from edgekd.stages.quantize import convert, quantize_with
-from edgekd.stages.ranges import QuantizeConfig, Ranges, ranges_of
+from edgekd.stages.export.export import ExportConfig, export
+from edgekd.stages.lint.lint import lint
+from edgekd.stages.quantize.by_name import quantize_by_name
+from edgekd.stages.quantize.cache import tag, write_cache
+from edgekd.stages.quantize.explicit import explicit
+from edgekd.stages.quantize.quantize import convert, quantize_with
+from edgekd.stages.quantize.ranges import QuantizeConfig, Ranges, ranges_of
 
 GRAPHS = ("ort-x86", "ort-arm", "openvino", "tensorrt")  # the dialects that are ONNX files
 WIDTH = 32

@@ -22,8 +22,8 @@ from edgekd.stages.explain.imprecision import accuracy
 from edgekd.stages.explain.islands import KERNELS, islands
 from edgekd.stages.explain.layers import form, layers
 from edgekd.stages.explain.look import VNNI
-from edgekd.stages.graph import View
-from edgekd.stages.quantize import QuantizeConfig, quantize_file
+from edgekd.stages.lint.graph import View
+from edgekd.stages.quantize.quantize import QuantizeConfig, quantize_file
 from edgekd.targets._jetpack import jetpack
 from edgekd.targets.cpu import here
 

@@ -13,8 +13,8 @@ from torch import nn
 from edgekd.core import onnx_facts, onnx_files
 from edgekd.core.errors import ConfigError, ExportError, ModelError, ParityError
 from edgekd.models.resnet import CifarResNet
-from edgekd.stages.carry import opset_for
-from edgekd.stages.export import ExportConfig, check_folded, check_form, compare, export, highest_ir
+from edgekd.stages.export.carry import opset_for
+from edgekd.stages.export.export import ExportConfig, check_folded, check_form, compare, export, highest_ir
 from edgekd.targets._jetpack import table
 
 

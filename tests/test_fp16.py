@@ -9,8 +9,8 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 
 from edgekd.core.errors import ModelError, ParityError
 from edgekd.models.resnet import CifarResNet
-from edgekd.stages.export import ExportConfig, export
-from edgekd.stages.fp16 import bake, plain_answers
+from edgekd.stages.export.export import ExportConfig, export
+from edgekd.stages.export.fp16 import bake, plain_answers
 from tests.test_export import digits
 
 

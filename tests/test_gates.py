@@ -11,8 +11,8 @@ from edgekd.core.artifact import File
 from edgekd.core.errors import ConfigError
 from edgekd.core.gate import Gate
 from edgekd.core.trial import BenchResult, Contestant, Interval, Measurement, Trial
-from edgekd.stages.gates import check, decide, exit_code, junit
-from edgekd.stages.intervals import intervals, lost, share
+from edgekd.stages.bench.gates import check, decide, exit_code, junit
+from edgekd.stages.bench.intervals import intervals, lost, share
 
 NONE = np.zeros(0)
 

@@ -82,9 +82,9 @@ def test_the_manifest_holds_inputs_output_versions_and_seconds(tmp_path):
 
 
 def test_the_code_of_a_step_is_all_that_it_runs_through():
-    base = code("edgekd.stages.prepare")
-    assert base == code("edgekd.stages.prepare")
-    assert base["sha256"] != code("edgekd.stages.prepare", KD())["sha256"]
+    base = code("edgekd.stages.training.prepare")
+    assert base == code("edgekd.stages.training.prepare")
+    assert base["sha256"] != code("edgekd.stages.training.prepare", KD())["sha256"]
     assert set(base["versions"]) == {"numpy"}
 
 
@@ -93,9 +93,9 @@ def test_foreign_code_is_part_of_the_key(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "theirs.py").write_text("def net(): ...\n")
-    before = code("edgekd.stages.prepare", Python("theirs:net"))
+    before = code("edgekd.stages.training.prepare", Python("theirs:net"))
     (tmp_path / "theirs.py").write_text("def net(): return 1\n")
-    assert code("edgekd.stages.prepare", Python("theirs:net")) != before
+    assert code("edgekd.stages.training.prepare", Python("theirs:net")) != before
     sys.path.remove(str(tmp_path))
 
 
@@ -138,8 +138,8 @@ from edgekd.core.task import Augment
 from edgekd.learn.trainer import TrainConfig
 from edgekd.methods.alone import Alone
 from edgekd.models.resnet import ResNet
-from edgekd.stages.distill import Trained, distill
-from edgekd.stages.lesson import Course
+from edgekd.stages.training.distill import Trained, distill
+from edgekd.stages.training.lesson import Course
 from tests import zoo
 
 home = Path(sys.argv[1])

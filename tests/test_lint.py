@@ -10,8 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 from edgekd import cli
 from edgekd.core.dialects import named
 from edgekd.core.errors import ConfigError, ModelError
-from edgekd.stages.lint import HARD, SOFT, findings, lint
-from edgekd.stages.quantize import QuantizeConfig, quantize_file
+from edgekd.stages.lint.lint import HARD, SOFT, findings, lint
+from edgekd.stages.quantize.quantize import QuantizeConfig, quantize_file
 from edgekd.targets._jetpack import jetpack, table
 
 WIDTH = 32

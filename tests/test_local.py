@@ -14,10 +14,10 @@ import pytest
 
 from edgekd.core.artifact import File
 from edgekd.core.errors import EdgekdError
-from edgekd.stages import local
-from edgekd.stages.benchmark import BenchConfig, runner_path
-from edgekd.stages.bundle import Bundle
-from edgekd.stages.results import measured
+from edgekd.stages.bench.benchmark import BenchConfig, runner_path
+from edgekd.stages.device import local
+from edgekd.stages.device.bundle import Bundle
+from edgekd.stages.device.results import measured
 from edgekd.targets.tensorrt import TensorRt
 from tests.standins import bundles
 

@@ -14,8 +14,8 @@ from edgekd.core.task import Augment
 from edgekd.learn.surgery import difference, operated
 from edgekd.learn.trainer import TrainConfig, freeze
 from edgekd.methods.kd import KD
-from edgekd.stages.distill import Played
-from edgekd.stages.lesson import Course, a_trainer
+from edgekd.stages.training.distill import Played
+from edgekd.stages.training.lesson import Course, a_trainer
 from tests import zoo
 
 EPOCHS = 5

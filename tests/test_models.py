@@ -14,8 +14,8 @@ from edgekd.learn.layers import layers, outputs
 from edgekd.learn.taps import Taps
 from edgekd.models.shufflenet import Shuffle
 from edgekd.models.vgg import VGG
-from edgekd.stages.export import ExportConfig, export
-from edgekd.stages.quantize import QuantizeConfig, quantize
+from edgekd.stages.export.export import ExportConfig, export
+from edgekd.stages.quantize.quantize import QuantizeConfig, quantize
 
 SMALL = {  # of each family, for the tests that run it; 5 halvings where the family has the choice
     "resnet": {"depth": 8, "width": 4},

@@ -22,9 +22,9 @@ from edgekd.core.errors import ConfigError, EdgekdError
 from edgekd.core.onnx_facts import answers
 from edgekd.core.target import Target
 from edgekd.core.trial import BenchResult, Contestant
-from edgekd.stages.benchmark import BenchConfig, answer, benchmark, runner_path
-from edgekd.stages.compare import compare_files, table
-from edgekd.stages.quantize import QuantizeConfig, quantize_file
+from edgekd.stages.bench.benchmark import BenchConfig, answer, benchmark, runner_path
+from edgekd.stages.bench.compare import compare_files, table
+from edgekd.stages.quantize.quantize import QuantizeConfig, quantize_file
 from edgekd.targets.openvino import OpenVino
 
 ROOT = Path(__file__).parent.parent

@@ -18,8 +18,8 @@ from edgekd.models.mobilenet_v2 import MobileNetV2Model
 from edgekd.models.resnet import ResNet
 from edgekd.models.unet import UNetModel
 from edgekd.models.vgg import VGGModel
-from edgekd.stages.distill import Played
-from edgekd.stages.lesson import Course, a_trainer
+from edgekd.stages.training.distill import Played
+from edgekd.stages.training.lesson import Course, a_trainer
 from tests import zoo
 
 STUDENTS = {

@@ -15,8 +15,8 @@ from edgekd.core.model import Model
 from edgekd.core.target import Dialect, Target
 from edgekd.core.task import SPLITS, Source
 from edgekd.learn import weights
-from edgekd.stages.calibrate import collect
-from edgekd.stages.prepare import prepare
+from edgekd.stages.quantize.calibrate import collect
+from edgekd.stages.training.prepare import prepare
 
 MODELS = {"python": {"function": "tests.zoo:Toy"}}  # settings that have no default
 DENSE = {"unet", "scenes"}  # their answers are maps

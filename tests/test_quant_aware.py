@@ -25,11 +25,11 @@ from edgekd.learn.trainer import TrainConfig
 from edgekd.methods.alone import Alone
 from edgekd.methods.kd import KD
 from edgekd.methods.quant_aware import QuantAware
-from edgekd.stages.blueprint import learnt_ranges, marks
-from edgekd.stages.export import ExportConfig, export
-from edgekd.stages.lesson import Course, a_trainer
-from edgekd.stages.quantize import quantize_with
-from edgekd.stages.ranges import QuantizeConfig, calibrate
+from edgekd.stages.export.export import ExportConfig, export
+from edgekd.stages.quantize.blueprint import learnt_ranges, marks
+from edgekd.stages.quantize.quantize import quantize_with
+from edgekd.stages.quantize.ranges import QuantizeConfig, calibrate
+from edgekd.stages.training.lesson import Course, a_trainer
 from tests import zoo
 
 NAMES = ("ort-x86", "ort-arm", "tensorrt")

@@ -15,11 +15,11 @@ from edgekd.core.errors import ConfigError, DataError, ModelError
 from edgekd.core.target import Dialect
 from edgekd.data.digits import Digits
 from edgekd.models.resnet import CifarResNet
-from edgekd.stages.calibrate import CalibConfig, collect, load_calibration
-from edgekd.stages.export import ExportConfig, export
-from edgekd.stages.prepare import prepare
-from edgekd.stages.quantize import convert, quantize, quantize_file
-from edgekd.stages.ranges import METHODS, QuantizeConfig, calibrate
+from edgekd.stages.export.export import ExportConfig, export
+from edgekd.stages.quantize.calibrate import CalibConfig, collect, load_calibration
+from edgekd.stages.quantize.quantize import convert, quantize, quantize_file
+from edgekd.stages.quantize.ranges import METHODS, QuantizeConfig, calibrate
+from edgekd.stages.training.prepare import prepare
 from tests.test_export import Awkward
 
 X86 = Dialect("uint8", symmetric_activation=False)

@@ -19,14 +19,14 @@ from edgekd.core.dialects import DIALECTS
 from edgekd.core.errors import ConfigError, DataError, ModelError
 from edgekd.core.onnx_facts import Exported
 from edgekd.data.digits import Digits
-from edgekd.stages import histogram
-from edgekd.stages.cache import cache_file
-from edgekd.stages.calibrate import CalibConfig, collect, load_calibration, own_file
-from edgekd.stages.choice import most_accurate
-from edgekd.stages.histogram import SIDE, Histogram
-from edgekd.stages.prepare import prepare
-from edgekd.stages.quantize import quantize_file, settled
-from edgekd.stages.ranges import METHODS, QuantizeConfig, Ranges, best, calibrate, candidates, prepared
+from edgekd.stages.quantize import histogram
+from edgekd.stages.quantize.cache import cache_file
+from edgekd.stages.quantize.calibrate import CalibConfig, collect, load_calibration, own_file
+from edgekd.stages.quantize.choice import most_accurate
+from edgekd.stages.quantize.histogram import SIDE, Histogram
+from edgekd.stages.quantize.quantize import quantize_file, settled
+from edgekd.stages.quantize.ranges import METHODS, QuantizeConfig, Ranges, best, calibrate, candidates, prepared
+from edgekd.stages.training.prepare import prepare
 
 AUTO = QuantizeConfig("auto")
 FLOATS = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
@@ -227,7 +227,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     onnx.save(model, path)
     script = (
         "import sys; from pathlib import Path; from edgekd.core.artifact import TensorSpec\n"
-        "from edgekd.stages.ranges import *; from edgekd.stages.calibrate import load_calibration\n"
+        "from edgekd.stages.quantize.ranges import *; from edgekd.stages.quantize.calibrate import load_calibration\n"
         "x = load_calibration(Path(sys.argv[2]), TensorSpec('x', (0, 100000)))\n"
         "calibrate(Path(sys.argv[1]), x, QuantizeConfig('entropy'))\n"
         "print(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])"

@@ -23,8 +23,8 @@ from edgekd.methods.kd import KD
 from edgekd.methods.kpn import KPN
 from edgekd.methods.multi_teacher import MultiTeacher, Weighing, angles, gap, mixed
 from edgekd.models.resnet import PLUGIN as CifarFamily
-from edgekd.stages.distill import Played
-from edgekd.stages.lesson import Course, a_trainer
+from edgekd.stages.training.distill import Played
+from edgekd.stages.training.lesson import Course, a_trainer
 from tests import zoo
 
 COUNT = 30

@@ -25,13 +25,13 @@ from edgekd.core.errors import Busy, ConfigError, EdgekdError, StaleArtifact, Ta
 from edgekd.core.ledger import Ledger
 from edgekd.core.processor import flags
 from edgekd.delivery import fitted
-from edgekd.stages.benchmark import BenchConfig, runner_path
-from edgekd.stages.bundle import Bundle
-from edgekd.stages.follow import Seen
-from edgekd.stages.instructions import RUN
-from edgekd.stages.remote import Place, look, measure
-from edgekd.stages.results import measured
-from edgekd.stages.ssh import Device, Lost, answer, asked, device, porter_path
+from edgekd.stages.bench.benchmark import BenchConfig, runner_path
+from edgekd.stages.device.bundle import Bundle
+from edgekd.stages.device.follow import Seen
+from edgekd.stages.device.instructions import RUN
+from edgekd.stages.device.remote import Place, look, measure
+from edgekd.stages.device.results import measured
+from edgekd.stages.device.ssh import Device, Lost, answer, asked, device, porter_path
 from edgekd.targets.cpu import here
 from tests import sshd
 from tests.standins.bundles import PROTOCOL, engine, make_bundle, sealed
@@ -240,7 +240,7 @@ def test_a_result_that_was_tampered_with_is_refused(what, story, server, tmp_pat
 
 @needs_server
 def test_only_what_differs_is_copied_and_what_an_earlier_bundle_left_goes(bundle, server, tmp_path):
-    from edgekd.stages.remote import send
+    from edgekd.stages.device.remote import send
 
     there = tmp_path / "there"
     there.mkdir()
@@ -370,7 +370,7 @@ def little_disk(tmp_path: Path) -> Iterator[Path]:
 
 @needs_server
 def test_a_full_disk_is_told_before_and_during_the_copy(bundle, server, little_disk, tmp_path, monkeypatch):
-    from edgekd.stages import remote
+    from edgekd.stages.device import remote
 
     with pytest.raises(EdgekdError) as failure:
         measure(tmp_path, bundle, at(little_disk / "there"))

@@ -18,8 +18,8 @@ from edgekd.core.artifact import EpochRecord, File, OnnxModel, PhaseRecord, Tens
 from edgekd.core.errors import ConfigError, StaleArtifact
 from edgekd.core.record import DataFacts, Record
 from edgekd.core.trial import BenchResult, Contestant, Interval, Machine, Measurement, Runtime
-from edgekd.stages import words
-from edgekd.stages.report import read, report
+from edgekd.stages.report import words
+from edgekd.stages.report.report import read, report
 
 EVIL = "<script>alert(1)</script>"
 TRICKY = 'a|b `c` *d* [e](http://f) @g $h_1$ "i"'
@@ -362,7 +362,7 @@ def test_works_without_torch(record, tmp_path):
     report(record, tmp_path / "out")
     program = (
         "import sys; sys.modules['torch'] = None\nfrom pathlib import Path\n"
-        "from edgekd.stages.report import read, report\n"
+        "from edgekd.stages.report.report import read, report\n"
         "report(read(Path(sys.argv[1]) / 'report.json'), Path(sys.argv[2]))"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}

@@ -14,9 +14,9 @@ from edgekd.core import plain
 from edgekd.core.artifact import File
 from edgekd.core.errors import EdgekdError, StaleArtifact
 from edgekd.core.trial import BenchResult
-from edgekd.stages.benchmark import BenchConfig
-from edgekd.stages.bundle import Bundle
-from edgekd.stages.results import measured, taken
+from edgekd.stages.bench.benchmark import BenchConfig
+from edgekd.stages.device.bundle import Bundle
+from edgekd.stages.device.results import measured, taken
 from tests.standins.bundles import CLASSES, engine, make_bundle
 
 HOW = BenchConfig(blocks=3, metrics=("top1", "agreement", "p50_ms"))

@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.core import processor
-from edgekd.stages.benchmark import runner_path
+from edgekd.stages.bench.benchmark import runner_path
 
 SOURCE = runner_path().read_text()
 PROTOCOL = {"blocks": 3, "calls": 4, "warmup_s": 0.02, "warmup_calls": 10, "seed": 0, "spinning": True}

@@ -18,8 +18,8 @@ from edgekd.learn.trainer import TrainConfig
 from edgekd.methods.alone import Alone
 from edgekd.models.python import Python
 from edgekd.models.resnet import ResNet
-from edgekd.stages.distill import adopt, distill
-from edgekd.stages.lesson import Course, a_trainer, check_answers
+from edgekd.stages.training.distill import adopt, distill
+from edgekd.stages.training.lesson import Course, a_trainer, check_answers
 from tests import zoo
 
 

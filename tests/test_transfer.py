@@ -24,10 +24,10 @@ from edgekd.methods.kpn import KPN, Route
 from edgekd.methods.multi_teacher import MultiTeacher
 from edgekd.models.resnet import ResNet
 from edgekd.pipeline import build, distilled, tasks
-from edgekd.stages.benchmark import BenchConfig
-from edgekd.stages.calibrate import CalibConfig
-from edgekd.stages.distill import Trained
-from edgekd.stages.lesson import Course, few, knows
+from edgekd.stages.bench.benchmark import BenchConfig
+from edgekd.stages.quantize.calibrate import CalibConfig
+from edgekd.stages.training.distill import Trained
+from edgekd.stages.training.lesson import Course, few, knows
 from edgekd.targets.cpu import Cpu
 from tests.pictures import write_folder
 

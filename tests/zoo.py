@@ -11,10 +11,10 @@ from edgekd.core.artifact import File
 from edgekd.core.dialects import DIALECTS
 from edgekd.core.model import Model
 from edgekd.core.task import Arrays, Augment, Content, Source, Task
-from edgekd.stages.blueprint import draft
-from edgekd.stages.export import ExportConfig
-from edgekd.stages.prepare import prepare
-from edgekd.stages.ranges import QuantizeConfig
+from edgekd.stages.export.export import ExportConfig
+from edgekd.stages.quantize.blueprint import draft
+from edgekd.stages.quantize.ranges import QuantizeConfig
+from edgekd.stages.training.prepare import prepare
 
 CLASSES = 3
 

@@ -8,11 +8,11 @@ from functools import cached_property
 from typing import Literal
 
 from edgekd.core.trial import Interval
-from edgekd.stages import statistics
+from edgekd.stages.bench import statistics
 from edgekd.stages.explain.islands import INLINED, SIGNED, Island
 from edgekd.stages.explain.layers import Form, Layer
 from edgekd.stages.explain.profile import Operator, Profile
-from edgekd.stages.soft_rules import ACTIVATIONS
+from edgekd.stages.lint.soft_rules import ACTIVATIONS
 
 COST = 0.1  # of the time of all operators; what takes less is no reason for a verdict
 SMALL = 0.25  # of the time, for the conversion of input and output

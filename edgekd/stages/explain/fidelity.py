@@ -9,8 +9,8 @@ import numpy as np
 
 from edgekd.core import onnx_facts, progress
 from edgekd.stages.explain.islands import ABSORBED
-from edgekd.stages.graph import QUANTIZE, View
-from edgekd.stages.hard_rules import label
+from edgekd.stages.lint.graph import QUANTIZE, View
+from edgekd.stages.lint.hard_rules import label
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgekd.stages.explain.profile import PAIRS, REORDERS, Operator, Profile
-from edgekd.stages.explicit import WEIGHTED
-from edgekd.stages.graph import DEQUANTIZE, QUANTIZE, View
-from edgekd.stages.hard_rules import label
+from edgekd.stages.lint.graph import DEQUANTIZE, QUANTIZE, View
+from edgekd.stages.lint.hard_rules import label
+from edgekd.stages.quantize.explicit import WEIGHTED
 
 if TYPE_CHECKING:
     import onnx

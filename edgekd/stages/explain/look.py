@@ -16,10 +16,9 @@ from edgekd.core.artifact import TensorSpec
 from edgekd.core.errors import ConfigError, ModelError, TargetUnavailable
 from edgekd.core.plugins import unknown
 from edgekd.core.trial import Interval
-from edgekd.stages import lint, statistics
-from edgekd.stages.benchmark import BenchConfig
-from edgekd.stages.calibrate import load_calibration
-from edgekd.stages.compare import compare_files
+from edgekd.stages.bench import statistics
+from edgekd.stages.bench.benchmark import BenchConfig
+from edgekd.stages.bench.compare import compare_files
 from edgekd.stages.explain import causes
 from edgekd.stages.explain.causes import COST, Case, Cause, percent
 from edgekd.stages.explain.explanation import Explanation, LayerTime, Pairs, Place, Time
@@ -29,7 +28,9 @@ from edgekd.stages.explain.islands import Island, islands
 from edgekd.stages.explain.kernels import floats, kernels
 from edgekd.stages.explain.layers import Layer, form, layers
 from edgekd.stages.explain.profile import PAIRS, Profile, profiled
-from edgekd.stages.graph import View
+from edgekd.stages.lint import lint
+from edgekd.stages.lint.graph import View
+from edgekd.stages.quantize.calibrate import load_calibration
 from edgekd.targets._jetpack import jetpack
 from edgekd.targets.cpu import here
 from edgekd.targets.openvino import OpenVino
@@ -65,9 +66,7 @@ def explain(
     if kind is None:
         raise ConfigError(f"`{path}` is not quantized", hint="give the INT8 file, and its FP32 file with --reference")
     if reference is not None and form(View(loaded(reference), view.jetpack)) is not None:
-        raise ConfigError(
-            f"the reference `{reference}` is quantized", hint="give the FP32 file that INT8 was made from"
-        )
+        raise ConfigError(f"the reference `{reference}` is quantized", hint="give the FP32 file that it was made from")
     spec = onnx_facts.single_input(view.model, path)
     # an array out of an .npz may lie askew: numpy would then copy all of it at every call, and empty the caches
     fed = None if images is None else np.require(load_calibration(images, spec), requirements="A")

@@ -1,0 +1,1 @@
+"""Measure here, and judge what was seen: ratios, intervals, gates."""

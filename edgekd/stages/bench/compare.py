@@ -1,0 +1,125 @@
+"""Compare ONNX files of any origin on one target: latency always, accuracy where labels are given."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from edgekd.core import onnx_facts, plugins
+from edgekd.core.artifact import File, TensorSpec
+from edgekd.core.errors import ConfigError, DataError, TargetUnavailable
+from edgekd.core.files import save_array
+from edgekd.core.target import Target
+from edgekd.core.trial import BenchResult, Contestant
+from edgekd.stages.bench.benchmark import BenchConfig, benchmark, noise
+from edgekd.stages.quantize.calibrate import load_calibration
+from edgekd.stages.report import words
+
+
+def compare_files(
+    out: Path,
+    models: tuple[Path, ...],
+    target_name: str,
+    threads: int,
+    images: Path | None,
+    labels: Path | None,
+    config: BenchConfig,
+) -> BenchResult:
+    """Measure `models` against the first of them. Without `images` they are fed noise.
+
+    Raises TargetUnavailable if this machine cannot run the target, ConfigError if the files do not go together,
+    DataError if images or labels are unfit.
+    """
+    target: Target = replace(plugins.load("targets", target_name)(), threads=threads)
+    if reason := target.missing():
+        raise TargetUnavailable(f"target `{target_name}`: {reason}", hint="run it where the target is")
+    contestants = tuple(contestant(path, name) for path, name in zip(models, short_names(models), strict=True))
+    spec = onnx_facts.facts(models[0]).input
+    for path in models[1:]:
+        other = onnx_facts.facts(path).input
+        if other.shape[1:] != spec.shape[1:]:
+            raise ConfigError(
+                f"`{path}` takes {other.shape[1:]}, `{models[0]}` takes {spec.shape[1:]}",
+                hint="compare networks that take the same images",
+            )
+    if labels is not None and images is None:
+        raise ConfigError("there are labels without images", hint="give the images that they belong to")
+    out.mkdir(parents=True, exist_ok=True)
+    inputs = noise(out, spec.shape[1:], config.seed) if images is None else given(out, images, spec)
+    truth = None if labels is None else true_classes(labels, inputs, contestants)
+    return benchmark(out, contestants, target_name, target, inputs, truth, contestants[0].name, config)
+
+
+def contestant(path: Path, name: str) -> Contestant:
+    found = onnx_facts.facts(path)
+    return Contestant(name, "student", "", found.precision, File.of(path), found.macs or 0, found.parameters)
+
+
+def short_names(models: tuple[Path, ...]) -> list[str]:
+    """The file names, or as much of the paths as it takes to tell them apart."""
+    names = [path.name for path in models]
+    if len(set(names)) == len(names):
+        return names
+    resolved = [str(path.resolve()) for path in models]
+    if len(set(resolved)) < len(resolved):
+        raise ConfigError("one file is given twice", hint="a comparison holds its own control: the first file, twice")
+    shared = os.path.commonpath(resolved)
+    return [os.path.relpath(path, shared) for path in resolved]
+
+
+def given(out: Path, images: Path, spec: TensorSpec) -> File:
+    save_array(out / "inputs.npy", load_calibration(images, spec))
+    return File.of(out / "inputs.npy")
+
+
+def true_classes(labels: Path, inputs: File, contestants: tuple[Contestant, ...]) -> File:
+    """The labels, which number the classes of `inputs`: .npy, (N,) of any integer.
+
+    Raises ConfigError if there is no such file, DataError if it holds anything else.
+    """
+    if not labels.is_file():
+        raise ConfigError(f"there is no file `{labels}`", hint="give an .npy of class numbers")
+    as_npy = "write it with numpy.save(path, labels), labels being class numbers, one for each image"
+    try:
+        with labels.open("rb") as stream:
+            found = np.load(stream, allow_pickle=False)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"`{labels}` is not a readable .npy file of numbers: {error}", hint=as_npy) from error
+    if not isinstance(found, np.ndarray):
+        raise DataError(f"`{labels}` is an archive of arrays", hint=as_npy)
+    if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
+        raise DataError(f"`{labels}` holds {found.dtype} of shape {found.shape}, not class numbers", hint=as_npy)
+    images = len(np.load(inputs.path, mmap_mode="r"))
+    if len(found) != images:
+        raise DataError(f"`{labels}` holds {len(found)} labels for {images} images", hint="give one for each image")
+    classes = min(filter(None, (onnx_facts.facts(c.file.path).classes for c in contestants)), default=0)
+    if found.min() < 0 or (classes and found.max() >= classes):
+        known = f"0 to {classes - 1}" if classes else "0 or more"
+        raise DataError(
+            f"`{labels}` holds numbers from {found.min()} to {found.max()}, the classes are {known}",
+            hint="count classes from 0, as the networks do",
+        )
+    return File.of(labels)
+
+
+def table(result: BenchResult) -> str:
+    """A comparison for a terminal, with its machine."""
+    names = list(dict.fromkeys(name for m in result.measurements for name in m.readings))
+    rows = [["model", "precision", "floats in", *names, "compared with the first"]]
+    for m in result.measurements:
+        cells = [f"{m.readings[n]:.4g}" if n in m.readings else "-" for n in names]
+        rows.append([m.contestant.name, m.contestant.precision, m.floats or "-", *cells, m.verdict or "-"])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    machine, runtime = result.machine, result.runtime
+    if machine and runtime:
+        lines.append(
+            f"{machine.processor}, {runtime.name} {runtime.version}, threads: {runtime.threads}, {result.started}"
+        )
+    if result.aa:
+        lines.append(f"A/A control: {words.near_one(result.aa)}")
+    return "\n".join([*lines, *(f"warning: {warning}" for warning in result.warnings)])

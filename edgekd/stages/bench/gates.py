@@ -1,0 +1,111 @@
+"""Gates: decide from intervals whether what ships is good enough; what the numbers do not show is undecided."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from xml.etree import ElementTree
+
+from edgekd.core import plugins
+from edgekd.core.errors import ConfigError
+from edgekd.core.gate import Decision, Gate, Outcome
+from edgekd.core.trial import BenchResult, Interval, Measurement
+from edgekd.stages.report.figures import size
+
+OTHER = ("drop", "teacher_drop", "speedup", "kilobytes", "macs", "parameters")  # measures that are no metrics
+NOISY = ("A/A", "throttled")  # warnings that leave a latency undecided
+EXIT = {"passed": 0, "failed": 3, "undecided": 4}
+
+
+def check(gates: Iterable[Gate], metrics: Iterable[str], targets: Iterable[str]) -> None:
+    """Raises ConfigError for a gate that looks at nothing which is measured, or is for a target that is not there."""
+    measured, labels, families = list(metrics), list(targets), plugins.names("targets")
+    known, there = (*measured, *OTHER), sorted({*labels, *families})
+    for gate in gates:
+        if "p50_ms" not in measured:  # what ships is chosen by its latency, too
+            raise ConfigError("gates need the metric `p50_ms`", hint="add it to bench.metrics")
+        if gate.measure not in known:
+            raise plugins.unknown(f"no gate can look at `{gate.measure}`", gate.measure, list(known))
+        if gate.target and gate.target not in there:
+            raise plugins.unknown(f"a gate is for the target `{gate.target}`", gate.target, there)
+
+
+def decide(gates: Iterable[Gate], benches: Iterable[BenchResult]) -> tuple[Decision, ...]:
+    """Every gate on every target that it is for, about the file that ships there."""
+    rows = list(benches)
+    return tuple(decided(gate, bench) for gate in gates for bench in rows if meant(gate, bench.target))
+
+
+def meant(gate: Gate, target: str) -> bool:
+    """Whether a gate is for a target: for all, for this one, or for all of its family (`cpu`: also `cpu-4t`)."""
+    return gate.target in ("", target) or target.startswith(f"{gate.target}-")
+
+
+def decided(gate: Gate, bench: BenchResult) -> Decision:
+    shipped = next((m for m in bench.measurements if m.contestant.name == bench.ships), None)
+    if shipped is None:
+        reason = bench.not_measured or "no file ships: none is as accurate and as fast as asked for"
+        outcome: Outcome = "undecided" if bench.not_measured else "failed"
+        return Decision(bench.target, gate, "", outcome, None, reason)
+    found = number(gate.measure, shipped)
+    name = shipped.contestant.name
+    if found is None:
+        return Decision(bench.target, gate, name, "undecided", None, f"`{gate.measure}` was not measured for {name}")
+    doubt = next((warning for warning in bench.warnings if warning.startswith(NOISY)), "")
+    if doubt and timed(gate.measure):
+        return Decision(bench.target, gate, name, "undecided", found, f"too noisy to say: {doubt}")
+    outcome = held(gate, found)
+    return Decision(bench.target, gate, name, outcome, found, said(found))
+
+
+def timed(measure: str) -> bool:
+    return measure == "speedup" or measure not in OTHER and "ns" in plugins.load("metrics", measure).reads
+
+
+def held(gate: Gate, found: Interval) -> Outcome:
+    """Passed or failed where the whole interval lies on one side of the limit."""
+    if gate.at_most is not None:
+        within, beyond = found.high <= gate.at_most, found.low > gate.at_most
+    else:
+        assert gate.at_least is not None
+        within, beyond = found.low >= gate.at_least, found.high < gate.at_least
+    return "passed" if within else "failed" if beyond else "undecided"
+
+
+def number(measure: str, of: Measurement) -> Interval | None:
+    if measure == "speedup":
+        return of.speedup
+    if measure in of.intervals:
+        return of.intervals[measure]
+    bytes_ = size(of.contestant.file)
+    exact = {
+        **({} if bytes_ is None else {"kilobytes": bytes_ / 1000}),
+        "macs": float(of.contestant.macs),
+        "parameters": float(of.contestant.parameters),
+        **of.readings,
+    }
+    return Interval(exact[measure], exact[measure], exact[measure]) if measure in exact else None
+
+
+def said(found: Interval) -> str:
+    if found.low == found.high:
+        return f"{found.mid:.4g}"
+    return f"{found.mid:.4g}, 95 % {found.low:.4g} to {found.high:.4g}"
+
+
+def exit_code(decisions: Iterable[Decision]) -> int:
+    """0: all passed; 3: one failed; 4: none failed, one could not be decided."""
+    outcomes = {d.outcome for d in decisions}
+    return next((EXIT[o] for o in ("failed", "undecided") if o in outcomes), 0)
+
+
+def junit(decisions: tuple[Decision, ...], path: Path) -> None:
+    """As CI systems read it: a failed gate is a failure, an undecided one an error."""
+    counts = {o: sum(d.outcome == o for d in decisions) for o in ("failed", "undecided")}
+    totals = {"tests": len(decisions), "failures": counts["failed"], "errors": counts["undecided"]}
+    suite = ElementTree.Element("testsuite", {"name": "edgekd"} | {k: str(v) for k, v in totals.items()})
+    for d in decisions:
+        case = ElementTree.SubElement(suite, "testcase", classname=d.target, name=d.gate.words)
+        if d.outcome != "passed":
+            ElementTree.SubElement(case, "failure" if d.outcome == "failed" else "error", message=d.reason)
+    ElementTree.ElementTree(suite).write(path, "utf-8", xml_declaration=True)

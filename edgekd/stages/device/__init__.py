@@ -1,0 +1,1 @@
+"""Measure elsewhere: the bundle that travels, the way there, the results that come back."""

@@ -1,0 +1,1 @@
+"""What TensorRT will say of an ONNX file, told without TensorRT."""

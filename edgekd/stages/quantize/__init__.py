@@ -1,0 +1,1 @@
+"""From FP32 ONNX to INT8: calibration, ranges, the files of each dialect."""

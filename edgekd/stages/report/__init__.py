@@ -1,0 +1,1 @@
+"""Tell it: pages, plots, tables."""

@@ -1,0 +1,231 @@
+"""Stage 7: tell a build's record as one HTML page, as a Markdown comment, and as JSON to make both from again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekd.core import plain
+from edgekd.core.artifact import File, Precision, Weights
+from edgekd.core.errors import ConfigError
+from edgekd.core.record import Record
+from edgekd.core.trial import BenchResult, Measurement
+from edgekd.stages.report import plots, words
+from edgekd.stages.report.figures import PERCENT, SCORES, Remembered, difference, scored, size, table, where
+
+SCHEMA = 1  # of report.json; raise it when an old file can no longer be read
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What the first screen is about: the student for the first target that was measured."""
+
+    bench: BenchResult
+    file: File  # under the name that the build gave it, if it made it
+    stored: Precision  # of the file; a device may compute in another
+    ship: Measurement
+    student: Measurement | None  # the same student in FP32, if it is another
+    teacher: Measurement | None
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One student network beside the chosen one: what its method was worth."""
+
+    weights: Weights
+    fp32: Measurement | None
+    low: Measurement | None  # in the precision of the first screen
+    behind: float | None  # points of FP32 test accuracy that the chosen student is ahead
+
+
+def report(record: Record, out: Path) -> Path:
+    """Write report.html, report.md and report.json into `out`, each whole or not at all; give back the HTML's path.
+
+    Raw samples are copied beside them, so that the folder can be sent, and its plots drawn again from report.json.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    record = dataclasses.replace(record, benches=tuple(keep_samples(bench, out) for bench in record.benches))
+    files = [{"name": f.path.name, "sha256": f.sha256, "bytes": size(f), "what": what} for f, what in all_files(record)]
+    data = {"schema": SCHEMA, **plain.dump(record), "files": files}
+    write(out / "report.json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    write(out / "report.md", render("report.md.j2", record, files))
+    write(out / "report.html", render("report.html.j2", record, files))
+    return out / "report.html"
+
+
+def read(path: Path) -> Record:
+    """The record that a report.json holds. Files keep their recorded hash and size; they need not exist any more.
+
+    Raises ConfigError if it cannot be read.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"`{path}` cannot be read: {error}", hint="name a report.json that edgekd wrote") from None
+    schema = data.pop("schema", None) if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        hint = "make the report again with this edgekd, or read it with the one that wrote it"
+        raise ConfigError(f"`{path}` has schema {schema}; this edgekd reads {SCHEMA}", hint=hint)
+    sizes = {f["sha256"]: f["bytes"] for f in data.pop("files")}
+    return plain.load(Record, data, path.parent, lambda place, sha256: Remembered(place, sha256, sizes.get(sha256)))
+
+
+def keep_samples(bench: BenchResult, out: Path) -> BenchResult:
+    """The bench with its samples in `out`, if they are still where they were recorded."""
+    if bench.samples is None or not bench.samples.path.exists():
+        return bench
+    place = out / f"samples-{bench.samples.sha256[:12]}.npz"
+    if place != bench.samples.path:
+        shutil.copyfile(bench.samples.path, place.with_suffix(".partial"))
+        place.with_suffix(".partial").replace(place)
+    return dataclasses.replace(bench, samples=dataclasses.replace(bench.samples, path=place))
+
+
+def write(path: Path, text: str) -> None:
+    partial_path = path.with_name(f"{path.name}.partial")
+    partial_path.write_text(text, encoding="utf-8")
+    partial_path.replace(path)
+
+
+def all_files(record: Record) -> list[tuple[File, str]]:
+    """Every file of a record with what it is, each once."""
+    found = [(record.teacher.file, "weights of the teacher")]
+    found += [(w.file, f"weights of {w.name}, taught by {w.method}") for w in record.students]
+    found += [(m.file, f"ONNX model {m.name}, {m.precision.upper()}") for m in record.models]
+    for bench in record.benches:
+        found += [(m.contestant.file, f"ONNX model {m.contestant.name}") for m in bench.measurements]
+        if bench.samples:
+            found.append((bench.samples, f"raw latency samples on {bench.target}"))
+    unique = {file.sha256: (file, what) for file, what in reversed(found)}
+    return [unique[sha256] for sha256 in dict.fromkeys(file.sha256 for file, _ in found)]
+
+
+def render(template: str, record: Record, files: list[dict[str, Any]]) -> str:
+    """One of the templates beside this module, filled in. Whatever a value holds, it is escaped for its format."""
+    import jinja2
+
+    page = template.endswith(".html.j2")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=page,
+        finalize=None if page else words.markdown,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    head = headline(record)
+    images = (head and head.bench.protocol.get("images")) or record.data.test  # a device gets some of them only
+    percent = partial(words.percent, images=images)
+    filters: list[Callable[..., Any]] = [words.figures, words.count, words.file_size, words.ratio, words.interval]
+    filters += [words.near_one, words.duration, words.when, words.flat, words.setting, words.yaml, words.unmeasured]
+    environment.filters |= {show.__name__: show for show in filters}
+    environment.filters |= {"percent": percent, "points": partial(words.points, images=images)}
+    environment.globals |= {"size": size, "table": partial(table, percent=percent), "where": where}
+    environment.globals |= {"draw": draw, "curve": curve, "difference": difference, "best": best}
+    key = score(record)
+    low = head.ship.contestant.precision.upper() if head else "INT8"
+    precision = low if head is None or head.stored.upper() == low else f"{head.stored.upper()}, computed in {low}"
+    shown: dict[str, Any] = {"low": low, "precision": precision}
+    shown |= {"r": record, "head": head, "images": images, "lessons": lessons(record, head), "files": files}
+    return environment.get_template(template).render(shown, score=key, score_name=PERCENT[key][0])
+
+
+def headline(record: Record) -> Headline | None:
+    """None if no student was measured anywhere."""
+    for bench in record.benches:
+        for m in best(bench)[:1]:
+            made = next((o for o in record.models if o.file.sha256 == m.contestant.file.sha256), m.contestant)
+            return Headline(
+                bench,
+                file=made.file,
+                stored=made.precision,
+                ship=m,
+                student=None if m.contestant.precision == "fp32" else twin(m, bench),
+                teacher=next((t for t in bench.measurements if t.contestant.role == "teacher"), None),
+            )
+    return None
+
+
+def best(bench: BenchResult) -> list[Measurement]:
+    """The student that ships; where none does, all in INT8, or all if none is in INT8."""
+    students = [m for m in bench.measurements if m.contestant.role == "student"]
+    ships = [m for m in students if m.contestant.name == bench.ships]
+    return ships or [m for m in students if m.contestant.precision == "int8"] or students
+
+
+def twin(low: Measurement, bench: BenchResult) -> Measurement | None:
+    """The FP32 form of a student. Of several by one method, the one with the most similar name."""
+    same = [
+        m
+        for m in bench.measurements
+        if (m.contestant.precision, m.contestant.role, m.contestant.method)
+        == ("fp32", low.contestant.role, low.contestant.method)
+    ]
+    return max(same, key=lambda m: likeness(m.contestant.name, low.contestant.name), default=None)
+
+
+def likeness(a: str, b: str) -> int:
+    return len(os.path.commonprefix([a, b]))
+
+
+def lessons(record: Record, head: Headline | None) -> list[Lesson]:
+    """All students, the chosen one first, with their test accuracy on the headline's target."""
+    measured = head.bench.measurements if head else ()
+    both = ("fp32", head.ship.contestant.precision if head else "int8")
+    found: list[Lesson] = []
+    for w in record.students:
+        own = [m for m in measured if m.contestant.role != "teacher" and m.contestant.method == w.method]
+        own.sort(key=lambda m: -likeness(m.contestant.name, w.name))
+        fp32, low = (next((m for m in own if m.contestant.precision == p), None) for p in both)
+        first = found[0].fp32 if found else None
+        ahead = difference(first, fp32, score(record))
+        found.append(Lesson(w, fp32, low, ahead))
+    return found
+
+
+def score(record: Record) -> str:
+    return next((scored(bench) for bench in record.benches if bench.measurements), SCORES[0])
+
+
+def draw(bench: BenchResult) -> Iterator[tuple[str, str]]:
+    """A bench's plots: SVG, and what the reader should know. The SVG is empty where there is nothing to draw from."""
+    import markupsafe
+
+    key = scored(bench)
+    known = [m for m in bench.measurements if key in m.readings and "p50_ms" in m.readings]
+    if known:
+        svg = plots.accuracy_against_latency(f"Accuracy against latency on {bench.target}", known, key, PERCENT[key][0])
+        there = {m.contestant.precision for m in known}
+        fills = "; ".join(f"{how}: {p.upper()}" for p, (how, _) in plots.FILLS.items() if p in there)
+        yield markupsafe.Markup(svg), f"Square: teacher; circle: student; triangle: baseline; {fills}."
+    if bench.samples is None or not bench.samples.path.exists():
+        yield "", "The raw latency samples are not here, so their distribution is not drawn."
+        return
+    file = File.checked(bench.samples.path, bench.samples.sha256)
+    with np.load(file.path) as raw:
+        names = [str(name) for name in raw["names"]]
+        ms = [raw["ns"][raw["model"] == index] / 1e6 for index in range(len(names))]
+    svg = plots.latency_distributions(f"Latency of every call on {bench.target}", names, ms)
+    calls = " to ".join(f"{n:,}" for n in sorted({min(map(len, ms)), max(map(len, ms))}))
+    yield (
+        markupsafe.Markup(svg),
+        f"{calls} timed calls per model. Tick: one call; box: the middle half; bar: the median.",
+    )
+
+
+def curve(weights: Weights) -> str:
+    import markupsafe
+
+    if not any(phase.curve for phase in weights.phases):
+        return ""
+    return markupsafe.Markup(plots.training_curve(f"Training loss of {weights.name}, {weights.method}", weights))

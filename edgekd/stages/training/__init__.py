@@ -1,0 +1,1 @@
+"""Prepare data, rehearse a lesson, teach it, grade what was learnt."""
