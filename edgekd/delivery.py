@@ -15,8 +15,8 @@ from edgekd.core.errors import ConfigError
 from edgekd.core.ledger import Ledger, code
 from edgekd.core.onnx_facts import Exported
 from edgekd.core.target import Target
-from edgekd.core.task import Task
 from edgekd.core.trial import BenchResult, Contestant, Role
+from edgekd.quantization import Material, quantized, suffix
 from edgekd.stages.bench.assign import assigned
 from edgekd.stages.bench.benchmark import BenchConfig, benchmark, runner_path
 from edgekd.stages.device import local, remote
@@ -25,25 +25,9 @@ from edgekd.stages.device.remote import Place
 from edgekd.stages.device.results import RESULT, Returned, measured, read, taken
 from edgekd.stages.device.ssh import Device, porter_path
 from edgekd.stages.export.carry import export_trained
-from edgekd.stages.quantize.blueprint import learnt_ranges
-from edgekd.stages.quantize.calibrate import CalibrationSet
-from edgekd.stages.quantize.choice import JUDGES, most_accurate
-from edgekd.stages.quantize.quantize import quantize_with
-from edgekd.stages.quantize.ranges import Ranges, candidates_of
 from edgekd.stages.report.publish import replace_files
-from edgekd.stages.training.distill import Trained
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Material:
-    """What all targets are delivered from."""
-
-    task: Task
-    calib: CalibrationSet
-    inputs: File  # test images as a network takes them
-    networks: tuple[Trained, ...]  # the teacher first
 
 
 @dataclass(frozen=True)
@@ -74,16 +58,6 @@ def named(targets: tuple[Target, ...]) -> dict[str, Target]:
     if len(set(labels)) < len(labels):
         raise ConfigError(f"a target is there twice: {', '.join(labels)}", hint="keep one, or give it other settings")
     return dict(zip(labels, targets, strict=True))
-
-
-def readable(config: BuildConfig, target: Target) -> int:
-    """The opset of the files for a target: as configured, or the highest that its runtime reads."""
-    return min(config.export.opset, target.delivery.opset or config.export.opset)
-
-
-def suffix(config: BuildConfig, opset: int) -> str:
-    """Of the steps that make files of another opset than the configured one."""
-    return "" if opset == config.export.opset else f"-opset{opset}"
 
 
 def export_all(ledger: Ledger, config: BuildConfig, material: Material, opset: int) -> dict[str, Exported]:
@@ -195,50 +169,6 @@ def read_off(ledger: Ledger, name: str, made: Bundle, returned: Returned, config
 def metrics(config: BenchConfig) -> dict[str, object]:
     """What a reading depends on beside its samples."""
     return {name: code(plugins.places("metrics")[name]) for name in config.metrics}
-
-
-def quantized(
-    ledger: Ledger,
-    config: BuildConfig,
-    name: str,
-    target: Target,
-    material: Material,
-    exported: dict[str, Exported],
-) -> tuple[dict[str, Ranges], dict[str, Exported]]:
-    """The ranges of every student that the target runs in INT8, and its INT8 files where the dialect has such.
-
-    One pass over the calibration images serves all targets that read the same opset.
-    """
-    if "int8" not in target.delivery.engines:
-        return {}, {}
-    end = suffix(config, readable(config, target))
-    learnt = {t.weights.name: t.weights.ranges for t in material.networks}
-    ranges, int8s = {}, {}
-    for n, made in exported.items():
-        found = ledger.step(
-            f"ranges-{n}{end}", dict[str, Ranges], candidates_of, made, material.calib.images, config.quantize
-        )
-        judged = ledger.given({m: code(plugins.places("metrics")[m]) for m in JUDGES})
-        ranges[n] = judged.step(
-            f"method-{n}-{name}",
-            Ranges,
-            most_accurate,
-            made,
-            material.calib.images,
-            target.dialect,
-            found,
-            material.task,
-        )
-        first = config.targets[0].dialect
-        if learnt[n] and target.dialect.symmetric_activation != first.symmetric_activation:
-            log.info("%s: ranges of %s were learnt for another kind of INT8, so calibrated ones are used", name, n)
-        elif learnt[n]:
-            ranges[n] = ledger.step(f"learnt-{n}-{name}", Ranges, learnt_ranges, made, ranges[n], learnt[n])
-        if target.dialect.form != "cache":
-            int8s[n] = ledger.step(
-                f"quantize-{n}-{name}", Exported, quantize_with, made, material.calib.images, target.dialect, ranges[n]
-            )
-    return ranges, int8s
 
 
 def unmeasured(name: str, reason: str, instead: tuple[str, ...]) -> BenchResult:

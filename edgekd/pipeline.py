@@ -20,9 +20,10 @@ from edgekd.core.method import Method
 from edgekd.core.model import Model
 from edgekd.core.record import DataFacts, Record
 from edgekd.core.task import SPLITS, Scale, Task
-from edgekd.delivery import Away, Material, deliver, export_all, fitted, named, readable
+from edgekd.delivery import Away, deliver, export_all, fitted, named
 from edgekd.learn.trainer import TrainConfig, resolved
 from edgekd.methods.alone import Alone
+from edgekd.quantization import Material, readable
 from edgekd.stages.bench.compare import table
 from edgekd.stages.bench.gates import check, decide
 from edgekd.stages.device.bundle import place

@@ -21,6 +21,7 @@ RANK = {
     "recipes": 4,
     "configuration": 4,
     "console": 4,
+    "quantization": 5,
     "delivery": 5,
     "pipeline": 5,
     "comparison": 5,
