@@ -1,4 +1,4 @@
-"""One network in ONNX Runtime and in OpenVINO: FP32, Q/DQ INT8 and NNCF's INT8, and the runner beside other clocks.
+"""One network in ONNX Runtime and in OpenVINO: FP32 against INT8, and the runner beside other clocks.
 
     python benchmarks/runtimes.py student.onnx --calib images.npz --inputs inputs.npy --labels labels.npy
 
@@ -6,8 +6,7 @@ Of a build: `steps/export-NAME-*/NAME.onnx`, `steps/calib-*/images.npz`, `steps/
 `steps/data-*/test-labels.npy`. First, latency and accuracy of every form, interleaved by the runner, a process for each
 runtime. Then the runner's median beside those of a bare loop around ONNX Runtime and of OpenVINO's `benchmark_app`, by
 turns: one file, one image, one process, one thread each. `benchmark_app` reads the clock inside of OpenVINO, so that a
-call from Python (5 of 160 us on a Zen 5 core) is no part of it. Needs `pip install nncf` beside the extra `openvino`.
-Quote ratios of one run only.
+call from Python (5 of 160 us on a Zen 5 core) is no part of it. Quote ratios of one run only.
 """
 
 from __future__ import annotations
@@ -34,7 +33,8 @@ from edgekd.metrics._percentile import nearest_rank
 from edgekd.stages.bench.benchmark import BenchConfig, benchmark, job, nanoseconds, run
 from edgekd.stages.bench.compare import table
 from edgekd.stages.quantize.calibrate import load_calibration
-from edgekd.stages.quantize.quantize import QuantizeConfig, quantize_file
+from edgekd.stages.quantize.quantize import quantize_file
+from edgekd.stages.quantize.ranges import QuantizeConfig
 from edgekd.targets.cpu import Cpu
 from edgekd.targets.openvino import OpenVino
 
@@ -86,12 +86,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9, help="turns of the runner and of another clock")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    forms = made(asked.model, asked.out, load_calibration(asked.calib, facts(asked.model).input))
+    forms = {"fp32": asked.model, "q/dq int8": asked.out / "qdq.onnx"}
+    images = load_calibration(asked.calib, facts(asked.model).input)
+    quantize_file(asked.model, forms["q/dq int8"], images, DIALECTS["openvino"], QuantizeConfig())
     config = BenchConfig(blocks=asked.blocks, metrics=METRICS)
     inputs, labels = File.of(asked.inputs), File.of(asked.labels)
     kept: dict[str, Any] = {"load": os.getloadavg()}
-    for target, names in ((Cpu(), ("fp32", "q/dq int8")), (OpenVino(), tuple(forms))):
-        who = tuple(contestant(name, forms[name], asked.model) for name in names)
+    for target in (Cpu(), OpenVino()):
+        who = tuple(contestant(name, path, asked.model) for name, path in forms.items())
         result = benchmark(asked.out / target.runtime, who, target.runtime, target, inputs, labels, "fp32", config)
         print(f"\n{table(result)}", flush=True)
         kept[target.runtime] = plain.dump(result)
@@ -99,33 +101,11 @@ def main() -> None:
     save_array(asked.out / "one.npy", np.array(np.load(asked.inputs, mmap_mode="r")[:1]))
     one = File.of(asked.out / "one.npy")
     for target, clock in ((Cpu(), bare_ms), (OpenVino(), app_ms)):
-        for name in ("fp32", "q/dq int8"):
+        for name in forms:
             pairs = turns(asked.out / "turns", forms[name], target, clock, one, asked.repeats)
             kept[f"{target.runtime} {name}, ms"] = pairs
             print(told(f"{target.runtime} {name}", clock.__name__, pairs), flush=True)
     (asked.out / "runtimes.json").write_text(json.dumps(kept, indent=2))
-
-
-def made(model: Path, out: Path, images: np.ndarray) -> dict[str, Path]:
-    """The network in every form, all calibrated with the same images."""
-    os.environ["NNCF_CI"] = "1"  # NNCF and OpenVINO tell their maker of every use, otherwise
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
-    import nncf
-    import onnx
-    import openvino
-
-    quantize_file(model, out / "qdq.onnx", images, DIALECTS["openvino"], QuantizeConfig())
-    loaded, core = onnx.load(model), openvino.Core()
-    feeds = [{loaded.graph.input[0].name: images[i : i + 1]} for i in range(len(images))]
-    settings: dict[str, Any] = {"subset_size": len(images), "target_device": nncf.TargetDevice.CPU}
-    forms = {"fp32": model, "q/dq int8": out / "qdq.onnx"}
-    for preset in (nncf.QuantizationPreset.PERFORMANCE, nncf.QuantizationPreset.MIXED):
-        name = preset.name.lower()
-        onnx.save(nncf.quantize(loaded, nncf.Dataset(feeds), preset=preset, **settings), out / f"nncf-{name}.onnx")
-        network = nncf.quantize(core.read_model(model), nncf.Dataset(feeds), preset=preset, **settings)
-        openvino.save_model(network, out / f"nncf-{name}.xml", compress_to_fp16=False)
-        forms |= {f"nncf {name} onnx int8": out / f"nncf-{name}.onnx", f"nncf {name} ir int8": out / f"nncf-{name}.xml"}
-    return forms
 
 
 def contestant(name: str, path: Path, model: Path) -> Contestant:

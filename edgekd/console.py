@@ -1,14 +1,24 @@
-"""How a command talks: data on stdout, words on stderr, and what went wrong as a sentence with an exit code."""
+"""How a command talks: its options, data on stdout, words on stderr, what went wrong as a sentence and an exit code."""
 
 from __future__ import annotations
 
 import json
 import logging
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from edgekd.core.errors import EdgekdError, os_failure
+
+# what several commands ask for
+Recipe = Annotated[str, typer.Argument(help="A recipe (`edgekd list recipes`) or a YAML file.")]
+Targets = Annotated[list[str] | None, typer.Option("--target", "-t", help="Device family; repeat for several.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", "-s", help="Override one value: student.epochs=5.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where results go.")]
+Jetpack = Annotated[str | None, typer.Option(help="Of the device: 4.6, 5.1, 6.0, 6.1, 6.2, 7.0, 7.1 or 7.2.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="Shrink everything to seconds; the numbers mean nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]
 
 
 def say(text: str) -> None:

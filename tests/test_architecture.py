@@ -26,6 +26,7 @@ RANK = {
     "pipeline": 5,
     "comparison": 5,
     "arrival": 5,
+    "cli_files": 6,
     "cli": 6,
     "__main__": 7,
 }

@@ -1,0 +1,109 @@
+"""The commands for files of any origin: export, quantize, lint, explain, bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgekd.console import Jetpack, Json, Smoke, emit
+
+
+def export(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The ONNX file to write (batch 1).")],
+    model: Annotated[
+        str, typer.Option(help="A family with settings, `resnet:depth=8,width=8`, or `package.module:function`.")
+    ],
+    checkpoint: Annotated[Path, typer.Option(help="Its weights: .safetensors, or a state dict in a .pt file.")],
+    images: Annotated[
+        Path, typer.Option(help="Real network inputs to compare with, .npz or .npy, (N, C, H, W) float32.")
+    ],
+    classes: Annotated[int, typer.Option(help="How many classes it answers.")],
+    opset: Annotated[int | None, typer.Option(help="Of ai.onnx; 20 if neither this nor a JetPack is given.")] = None,
+    jetpack: Jetpack = None,
+    trust: Annotated[bool, typer.Option(help="Read a checkpoint that may run code.")] = False,
+    json_: Json = False,
+) -> None:
+    """Write a trained torch network as ONNX, and prove that it answers alike."""
+    from edgekd.stages.export.carry import export_checkpoint, opset_for
+    from edgekd.stages.export.export import ExportConfig
+    from edgekd.stages.quantize.by_name import described, facts
+
+    config = ExportConfig(opset=opset_for(opset, jetpack))
+    made = export_checkpoint(out, model, checkpoint, images, classes, config, trust)
+    emit(json_, facts(made), described(made))
+
+
+def quantize(
+    model: Annotated[Path, typer.Argument(help="An FP32 ONNX file.")],
+    calib: Annotated[Path, typer.Option(help="Network inputs, .npz or .npy, (N, C, H, W) float32.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The INT8 ONNX file to write, or a calibration cache.")],
+    target: Annotated[str | None, typer.Option("--target", "-t", help="Whose INT8 dialect; cpu if not given.")] = None,
+    dialect: Annotated[
+        str | None, typer.Option(help="Or the dialect itself: ort-x86, ort-arm, openvino, tensorrt, dla.")
+    ] = None,
+    jetpack: Annotated[str | None, typer.Option(help="Of the device; the dialect dla needs it.")] = None,
+    method: Annotated[
+        str, typer.Option(help="How ranges are found: minmax, moving_average, percentile, entropy, mse, auto.")
+    ] = "minmax",
+    json_: Json = False,
+) -> None:
+    """Quantize any ONNX file to INT8. Method auto: the least error against FP32 on inputs held out."""
+    from edgekd.stages.quantize.by_name import described, facts, quantize_by_name
+
+    made = quantize_by_name(model, calib, out, target, dialect, jetpack, method)
+    emit(json_, facts(made), described(made))
+
+
+def lint(
+    model: Annotated[Path, typer.Argument(help="An ONNX file of any origin.")],
+    jetpack: Annotated[str, typer.Option(help="Of the device: 4.6, 5.1, 6.0, 6.1, 6.2, 7.0, 7.1 or 7.2.")],
+    json_: Json = False,
+) -> None:
+    """Tell what TensorRT on a Jetson will refuse in an ONNX file, or run slowly, and the fix."""
+    from edgekd.stages.lint import lint as stage
+
+    verdict = stage.lint(model, jetpack)
+    emit(json_, stage.as_json(verdict), stage.described(verdict))
+    if verdict.count("error"):
+        raise typer.Exit(1)
+
+
+def explain(
+    model: Annotated[Path, typer.Argument(help="An INT8 ONNX file, of edgekd or of another tool.")],
+    reference: Annotated[Path | None, typer.Option(help="The FP32 file that it was made from.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Network inputs, .npz or .npy; noise if not given.")] = None,
+    target: Annotated[str, typer.Option("--target", "-t", help="Where it runs: cpu, openvino or jetson.")] = "cpu",
+    jetpack: Annotated[str | None, typer.Option(help="Of the target jetson; 6.2 if not given.")] = None,
+    threads: Annotated[int, typer.Option(help="Of the runtime.")] = 1,
+    json_: Json = False,
+) -> None:
+    """Tell why an INT8 file is not faster, or not accurate, and the switch to change."""
+    from edgekd.stages.explain.explanation import as_json, described
+    from edgekd.stages.explain.look import explain as look
+
+    told = look(model, reference, images, target, jetpack, threads)
+    emit(json_, as_json(told), described(told))
+
+
+def bench(
+    models: Annotated[list[Path], typer.Argument(help="ONNX files; the first is what the others are compared with.")],
+    target: Annotated[str, typer.Option("--target", "-t", help="Where to run them.")] = "cpu",
+    images: Annotated[Path | None, typer.Option(help="Network inputs, .npz or .npy; noise if not given.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Their classes, .npy: measures accuracy, too.")] = None,
+    threads: Annotated[int, typer.Option(help="Of the runtime.")] = 1,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where samples and results go.")] = Path("runs/bench"),
+    smoke: Smoke = False,
+    json_: Json = False,
+) -> None:
+    """Compare the latency of any ONNX files on one target."""
+    from edgekd.core import plain
+    from edgekd.core.ledger import Ledger
+    from edgekd.stages.bench.benchmark import BenchConfig
+    from edgekd.stages.bench.compare import compare_files, table
+
+    config = BenchConfig(blocks=4, calls=16, warmup_s=0.05, metrics=("top1", "p50_ms")) if smoke else BenchConfig()
+    with Ledger(out).locked():
+        result = compare_files(out, tuple(models), target, threads, images, labels, config)
+    emit(json_, plain.dump(result), table(result))
