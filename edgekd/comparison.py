@@ -22,16 +22,17 @@ from edgekd import __version__
 from edgekd.configuration import BuildConfig, at_least
 from edgekd.core import plain, plugins
 from edgekd.core.errors import ConfigError
-from edgekd.core.ledger import Ledger, code
+from edgekd.core.ledger import Ledger
 from edgekd.core.method import Method
 from edgekd.core.model import Model
 from edgekd.core.task import Task
+from edgekd.marking import INT8, graded, graded_int8, runs_int8
 from edgekd.pipeline import calibration, course, drawn_from, pricing, rehearse_all, tasks, teach
 from edgekd.stages.quantize.calibrate import CalibrationSet
 from edgekd.stages.report.standings import Comparison, Run, Teacher, publish, scored, standings
 from edgekd.stages.training.contest import Classroom, Taught
 from edgekd.stages.training.distill import Trained
-from edgekd.stages.training.grade import Graded, grade
+from edgekd.stages.training.grade import Graded
 
 log = logging.getLogger(__name__)
 PACKAGES = ("torch", "numpy")  # whose versions a result depends on
@@ -52,6 +53,8 @@ def compare(config: BuildConfig, out: Path, jobs: int, command: str) -> Comparis
     at_least(1, jobs=jobs)
     entries = contenders(config)
     check_baseline(config, entries)
+    if config.compare.int8:
+        runs_int8(config.targets[0])
     seeds = tuple(config.student.seed + n for n in range(config.compare.seeds))
     ledger = Ledger(out / "steps")
     with ledger.locked():
@@ -168,8 +171,8 @@ def flat(settings: dict[str, Any], above: str = "") -> list[tuple[str, str]]:
 def check_baseline(config: BuildConfig, entries: tuple[Contender, ...]) -> None:
     """Raises ConfigError unless the baseline is a contender, or one of a contender's students: `label/student`."""
     name = config.compare.baseline
-    known = [e.label for e in entries]
-    if name and name not in known and name.rpartition("/")[0] not in known:
+    known = [e.label + end for e in entries for end in ("", *[INT8] * config.compare.int8)]
+    if name and name not in known and name.removesuffix(INT8).rpartition("/")[0] not in known:
         raise plugins.unknown(f"the baseline `{name}` is not among the contenders", name, known)
 
 
@@ -214,11 +217,14 @@ def contest(
             teachers,
             price,
         )
-        return [
-            (entry.label + t.weights.name.removeprefix(name).replace("-", "/", 1), run(t, taught, seed, grades))
-            for t in taught.students
-            for grades in [graded(ledger, t, task, f"-seed{seed}")]
-        ]
+        rows = []
+        for t in taught.students:
+            row = entry.label + t.weights.name.removeprefix(name).replace("-", "/", 1)
+            rows.append((row, run(t, taught, seed, graded(ledger, t, task, f"-seed{seed}"))))
+            if config.compare.int8:
+                grades = graded_int8(ledger, config, task, calib, t, f"-seed{seed}")
+                rows.append((f"{row}{INT8}", run(t, taught, seed, grades)))
+        return rows
 
     resource_tracker.ensure_running()  # of multiprocessing; started from a thread it would let Ctrl-C through there
     pool = ThreadPoolExecutor(jobs, initializer=prepare_thread)
@@ -239,12 +245,6 @@ def contest(
             for name, made in future.result():
                 rows.setdefault(name, []).append(made)
     return {name: tuple(runs) for name, runs in rows.items()}
-
-
-def graded(ledger: Ledger, trained: Trained, task: Task, suffix: str = "") -> Graded:
-    names = tuple(plugins.names("metrics"))
-    metrics = {name: code(plugins.places("metrics")[name]) for name in names}
-    return ledger.given(metrics).step(f"grade-{trained.weights.name}{suffix}", Graded, grade, trained, task, names)
 
 
 def run(trained: Trained, taught: Taught, seed: int, grades: Graded) -> Run:

@@ -95,6 +95,7 @@ class CompareConfig(Settings):
     rivals: tuple[Rival, ...] = ()
     baseline: str = ""  # the contender that differences are paired with; empty: the first
     seeds: int = 3  # from student.seed on
+    int8: bool = False  # every student has a second row, `NAME int8`: its INT8 file for the first target
 
     def __post_init__(self) -> None:
         at_least(1, seeds=self.seeds)

@@ -24,6 +24,7 @@ RANK = {
     "quantization": 5,
     "delivery": 5,
     "pipeline": 5,
+    "marking": 5,
     "comparison": 5,
     "arrival": 5,
     "cli_files": 6,

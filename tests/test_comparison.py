@@ -17,7 +17,7 @@ from torch import nn
 
 from edgekd import comparison
 from edgekd.configuration import BuildConfig, CompareConfig, Rival, StudentConfig, TeacherConfig, configured
-from edgekd.core import plain, plugins
+from edgekd.core import onnx_facts, plain, plugins
 from edgekd.core.artifact import File
 from edgekd.core.errors import ConfigError, EdgekdError, TrainingError
 from edgekd.core.model import Model
@@ -155,6 +155,28 @@ def test_a_second_comparison_teaches_nothing(made):
     assert compared(out, jobs=1) == found
     assert {path: path.read_bytes() for path in out.glob("compare.*")} == before and len(before) == 3
     assert set((out / "steps").glob("lesson-*")) == lessons
+
+
+def test_students_are_marked_by_their_int8_files_too(tmp_path):
+    config = blobs(seeds=1, int8=True, baseline="alone int8")
+    found = compared(tmp_path, config)
+    assert [s.name for s in found.standings] == ["alone", "alone int8", "kd", "kd int8"]
+    assert found.standings[1].verdict == "baseline"
+    (inputs,) = (tmp_path / "steps").glob("exam-*/inputs.npy")
+    (labels,) = (tmp_path / "steps").glob("data-*/test-labels.npy")
+    for standing in found.standings[1::2]:
+        name = standing.name.removesuffix(" int8")
+        (file,) = (tmp_path / "steps").glob(f"quantize-{name}-*/*-int8-dynamic.onnx")
+        right = onnx_facts.answers(file, np.load(inputs)).argmax(1) == np.load(labels)
+        assert standing.runs[0].readings["top1"] == pytest.approx(100 * right.mean())
+        assert standing.runs[0].readings["agreement"] > 90
+
+
+def test_a_target_without_int8_files_is_refused_before_any_lesson(tmp_path):
+    dla = plugins.load("targets", "jetson")(board="xavier-nx", jetpack="5.1", dla=True)
+    with pytest.raises(ConfigError, match="no INT8 file is made for `jetson`"):
+        compared(tmp_path, replace(blobs(int8=True), targets=(dla,)))
+    assert not list(tmp_path.glob("steps/*"))
 
 
 @pytest.mark.slow

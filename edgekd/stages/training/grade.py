@@ -1,4 +1,4 @@
-"""Grade a trained network in torch: what the metrics read on the test images, and its multiply-accumulates."""
+"""Grade a trained network, or its ONNX file: what the metrics read on the test images, and multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from edgekd.core import onnx_facts
+from edgekd.core.artifact import File
+from edgekd.core.onnx_facts import Exported
 from edgekd.core.task import Task
 from edgekd.core.trial import Trial
 from edgekd.learn.macs import macs
@@ -39,3 +42,13 @@ def grade(out: Path, trained: Trained, task: Task, metrics: tuple[str, ...]) -> 
     nothing = np.empty(0, np.int64)
     trial = Trial(ns=nothing, block=nothing, logits=np.concatenate(answers), reference=nothing, labels=test.labels)
     return Graded(readings(trial, metrics), count)
+
+
+def grade_file(
+    out: Path, made: Exported, original: Exported, inputs: File, task: Task, metrics: tuple[str, ...]
+) -> Graded:
+    """As `grade`, of an ONNX file in onnxruntime; agreement is with its FP32 form. `inputs` are those of `exam`."""
+    images, nothing = np.load(inputs.path, mmap_mode="r"), np.empty(0, np.int64)
+    answers, exact = (onnx_facts.answers(m.dynamic.file.path, images) for m in (made, original))
+    trial = Trial(ns=nothing, block=nothing, logits=answers, reference=exact, labels=np.load(task.test.labels.path))
+    return Graded(readings(trial, metrics), original.single.macs)
