@@ -15,6 +15,7 @@ from edgekd.delivery import named, read_off, shipped
 from edgekd.stages.bench.gates import decide
 from edgekd.stages.device.bundle import MANIFEST, Bundle
 from edgekd.stages.device.results import RESULT, read, taken
+from edgekd.stages.report import manifest
 from edgekd.stages.report.publish import Rendered, publish, rendered, replace_files, templates
 from edgekd.stages.report.report import read as read_report
 
@@ -48,7 +49,10 @@ def import_result(path: Path, out: Path | None) -> tuple[Record, Path]:
         home = made.folder / "results"
         if path.parent.resolve() != home.resolve():
             replace_files((*returned.arrays, returned.result), home)
-        publish(ledger.given(templates()).step("report", Rendered, rendered, record), folder)
+        told = ledger.given(templates()).step("report", Rendered, rendered, record)
+        publish(told, folder)
+        before = manifest.read(folder)["steps"] if (folder / manifest.NAME).exists() else {}
+        manifest.certify(record, folder, told.files, before | ledger.written)
     return record, folder
 
 
@@ -58,9 +62,9 @@ def origin(path: Path, out: Path | None) -> Bundle:
     around = [path.resolve().parent.parent.parent] if path.name == RESULT else []
     places = [out] if out else [*sorted(RUNS.glob("*")), *around]
     found = [File.of(p) for place in places for p in sorted(place.glob(f"bundle-*/{MANIFEST}"))]
-    for manifest in found:
-        if manifest.sha256 == wanted and (manifest.path.parent.parent / "report.json").is_file():
-            return Bundle(manifest)
+    for listing in found:
+        if listing.sha256 == wanted and (listing.path.parent.parent / "report.json").is_file():
+            return Bundle(listing)
     known = ", ".join(f"`{m.path.parent}` is {m.sha256[:12]}" for m in found) or "there is no bundle"
     where = f"`{out}`" if out else f"`{RUNS}`"
     raise ConfigError(

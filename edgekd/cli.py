@@ -126,10 +126,24 @@ def import_result(
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="The --out folder of a build.")]) -> None:
     """Write a build's report again from its report.json."""
+    from edgekd.stages.report.manifest import renew
     from edgekd.stages.report.report import read
     from edgekd.stages.report.report import report as write
 
     say(f"report: {write(read(folder / 'report.json'), folder)}")
+    renew(folder, ("report.html", "report.md"))
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="The --out folder of a build.")], json_: Json = False) -> None:
+    """Find any file of a build that is not as the build left it."""
+    from dataclasses import asdict
+
+    from edgekd.stages.report import manifest
+
+    checked = manifest.verify(folder)
+    emit(json_, asdict(checked) | {"folder": str(folder)}, manifest.described(checked))
+    leave(1 if checked.findings else 0)
 
 
 @app.command()

@@ -18,7 +18,7 @@ from edgekd.core.errors import ConfigError
 from edgekd.core.ledger import Ledger, code
 from edgekd.core.method import Method
 from edgekd.core.model import Model
-from edgekd.core.record import DataFacts, Record
+from edgekd.core.record import DataFacts, Origins, Record
 from edgekd.core.task import SPLITS, Scale, Task
 from edgekd.delivery import Away, deliver, export_all, fitted, named
 from edgekd.learn.trainer import TrainConfig, resolved
@@ -29,6 +29,7 @@ from edgekd.stages.bench.gates import check, decide
 from edgekd.stages.device.bundle import place
 from edgekd.stages.device.ssh import Device
 from edgekd.stages.quantize.calibrate import CalibrationSet, collect, own_file
+from edgekd.stages.report.manifest import certify
 from edgekd.stages.report.publish import Rendered, publish, rendered, replace_files, templates
 from edgekd.stages.report.words import unmeasured
 from edgekd.stages.training.distill import Trained, adopt, distill
@@ -90,11 +91,14 @@ def build(
             versions={name: version(name) for name in PACKAGES},
             step_seconds=dict(ledger.seconds),
             gates=decide(config.gates, benches),
+            origins=origins(ledger, task, calib),
         )
-        publish(ledger.given(templates()).step("report", Rendered, rendered, record), out)
+        made = ledger.given(templates()).step("report", Rendered, rendered, record)
+        publish(made, out)
         for name, d in delivered.items():
             if d.bundle:
                 log.info("bundle: %s", place(d.bundle, out / f"bundle-{name}"))
+        certify(record, out, made.files, ledger.written)
     return record
 
 
@@ -234,6 +238,17 @@ def data_facts(config: BuildConfig, task: Task) -> DataFacts:
         student_train=labelled,
         calibration=config.calib.images,
         **counts,
+    )
+
+
+def origins(ledger: Ledger, task: Task, calib: CalibrationSet) -> Origins:
+    arrays = [file for name in SPLITS for file in (getattr(task, name).images, getattr(task, name).labels)]
+    entries = ledger.entries.values()
+    return Origins(
+        data={file.path.name: file.sha256 for file in arrays},
+        calibration={file.path.name: file.sha256 for file in (calib.images, calib.manifest)},
+        code={name: entry["code"]["sha256"] for name, entry in ledger.entries.items()},
+        systems=tuple(sorted({", ".join(entry["machine"].values()) for entry in entries})),
     )
 
 

@@ -188,3 +188,75 @@ def test_gates_decide_the_exit_code(tmp_path):
         assert outcomes[0] == "passed" and outcomes[-1] == {0: "passed", 3: "failed", 4: "undecided"}[code]
         suite = ElementTree.parse(tmp_path / "run" / "junit.xml").getroot()
         assert suite.get("tests") == str(len(outcomes))
+
+
+# the manifest
+
+
+@pytest.fixture
+def sent(built, tmp_path):
+    """A copy of the build, as somebody else has it."""
+    shutil.copytree(built[0] / "out", tmp_path / "sent")
+    return tmp_path / "sent"
+
+
+def test_a_build_is_as_it_was_left_until_a_file_changes(sent):
+    assert edgekd("verify", sent, cwd=sent).stdout.endswith("all as they were\n")
+    weights = next(sent.glob("steps/distill-kpn-*/kpn.safetensors"))
+    for path in (sent / "report.html", weights, sent / "ships" / "cpu" / "kpn-int8.onnx"):
+        before = path.read_bytes()
+        path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        done = edgekd("verify", sent, "--json", cwd=sent, check=False)
+        (found,) = json.loads(done.stdout)["findings"]
+        assert done.returncode == 1 and found["file"] == str(path.relative_to(sent)) and "changed" in found["what"]
+        path.write_bytes(before)
+    (sent / "report.md").unlink()
+    assert "report.md: is gone" in edgekd("verify", sent, cwd=sent, check=False).stdout
+
+
+def test_the_manifest_itself_cannot_be_rewritten_unseen(sent):
+    """Who changes what it says must change what ships, too."""
+    manifest = json.loads((sent / "manifest.json").read_text())
+    manifest["provenance"]["gates"] = [{"outcome": "passed"}]
+    (sent / "manifest.json").write_text(json.dumps(manifest))
+    assert "is not what its hash was taken of" in edgekd("verify", sent, cwd=sent, check=False).stdout
+    told = json.dumps(manifest["provenance"], sort_keys=True).encode()
+    (sent / "manifest.json").write_text(json.dumps(manifest | {"sha256": hashlib.sha256(told).hexdigest()}))
+    assert "is stamped with another manifest" in edgekd("verify", sent, cwd=sent, check=False).stdout
+
+
+def test_what_ships_is_the_measured_file_with_the_hash_of_the_manifest(built):
+    import onnx
+
+    out = built[0] / "out"
+    manifest = json.loads((out / "manifest.json").read_text())
+    ships, measured = (
+        onnx.load(path)
+        for path in (out / "ships/cpu/kpn-int8.onnx", next(out.glob("steps/quantize-kpn-*/kpn-int8.onnx")))
+    )
+    added = {p.key: p.value for p in ships.metadata_props if p not in measured.metadata_props}
+    assert added == {"edgekd.manifest": manifest["sha256"]} and ships.graph == measured.graph
+    origins = manifest["provenance"]["origins"]
+    for name in ("train-images.npy", "test-labels.npy"):
+        assert origins["data"][name] == hashlib.sha256(next(out.glob(f"steps/data-*/{name}")).read_bytes()).hexdigest()
+
+
+def test_a_build_that_was_sent_without_its_steps_can_be_verified(sent):
+    shutil.rmtree(sent / "steps")
+    done = edgekd("verify", sent, cwd=sent)
+    assert "not here, so not looked at: steps" in done.stdout and "all as they were" in done.stdout
+
+
+def test_no_manifest_can_point_outside_of_its_build(sent):
+    (sent.parent / "other").write_text("secret")
+    manifest = json.loads((sent / "manifest.json").read_text())
+    manifest["files"]["../other"] = hashlib.sha256(b"secret").hexdigest()
+    (sent / "manifest.json").write_text(json.dumps(manifest))
+    assert "../other: lies outside of the build" in edgekd("verify", sent, cwd=sent, check=False).stdout
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"schema": 99}', '{"schema": 1, "files": []}'])
+def test_what_is_no_manifest_is_refused_in_words(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    done = edgekd("verify", tmp_path, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: ")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from edgekd.core import plain
+from edgekd.core.artifact import File
 from edgekd.core.errors import Busy, ConfigError, StaleArtifact
 from edgekd.core.settings import Plugin
 
@@ -55,6 +56,12 @@ class Ledger:
     def latest(self) -> str:
         """When the newest step was made, UTC."""
         return max(str(entry["finished"]) for entry in self.entries.values())
+
+    @property
+    def written(self) -> dict[str, str]:
+        """The entries of all steps that were asked for: path from the ledger's parent -> sha256."""
+        files = [self.root / entry["home"] / "step.json" for entry in self.entries.values()]
+        return {str(path.relative_to(self.root.parent)): File.of(path).sha256 for path in files}
 
     def given(self, circumstances: Any) -> Ledger:
         """The same ledger for a step that also depends on what is no argument of it: the machine, a program, a file."""
@@ -111,8 +118,9 @@ class Ledger:
     def recall(self, name: str, kind: type[A], home: Path) -> A:
         """What a whole step made. Raises StaleArtifact if it cannot be read or its files changed."""
         try:
-            self.entries[name] = json.loads((home / "step.json").read_text())
-            return plain.load(kind, self.entries[name]["output"], home)
+            entry = json.loads((home / "step.json").read_text())
+            self.entries[name] = entry | {"home": home.name}
+            return plain.load(kind, entry["output"], home)
         except (ConfigError, ValueError, KeyError, OSError) as error:
             if isinstance(error, StaleArtifact):
                 raise

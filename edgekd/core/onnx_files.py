@@ -12,6 +12,11 @@ if TYPE_CHECKING:
 
 def write(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str]) -> None:
     """Write `model` with `metadata` and nothing else but the graph: equal networks give equal bytes anywhere."""
+    path.write_bytes(content(model, metadata))
+
+
+def content(model: onnx.ModelProto, metadata: Mapping[str, str]) -> bytes:
+    """What `write` writes."""
     import onnx
 
     bare = onnx.ModelProto()
@@ -19,7 +24,8 @@ def write(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str]) -> No
     strip(bare)
     keep_used_domains(bare)
     onnx.helper.set_model_props(bare, {key: metadata[key] for key in sorted(metadata)})
-    path.write_bytes(bare.SerializeToString(deterministic=True))
+    made: bytes = bare.SerializeToString(deterministic=True)
+    return made
 
 
 def strip(message: onnx.ModelProto | onnx.GraphProto) -> None:

@@ -23,6 +23,16 @@ class DataFacts:
 
 
 @dataclass(frozen=True)
+class Origins:
+    """What a build was made from, by sha256."""
+
+    data: dict[str, str]  # arrays of the splits, by file name
+    calibration: dict[str, str]
+    code: dict[str, str]  # of the modules of edgekd that each step ran through
+    systems: tuple[str, ...]  # that steps ran on
+
+
+@dataclass(frozen=True)
 class Record:
     name: str
     edgekd: str  # version
@@ -37,3 +47,4 @@ class Record:
     versions: dict[str, str]  # of the packages in use
     step_seconds: dict[str, float]
     gates: tuple[Decision, ...] = ()
+    origins: Origins | None = None
