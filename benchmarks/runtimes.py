@@ -30,8 +30,9 @@ from edgekd.core.onnx_facts import facts
 from edgekd.core.target import Target
 from edgekd.core.trial import Contestant
 from edgekd.metrics._percentile import nearest_rank
-from edgekd.stages.bench.benchmark import BenchConfig, benchmark, job, nanoseconds, run
+from edgekd.stages.bench.benchmark import BenchConfig, benchmark
 from edgekd.stages.bench.compare import table
+from edgekd.stages.bench.runner import job, nanoseconds, run
 from edgekd.stages.quantize.calibrate import load_calibration
 from edgekd.stages.quantize.quantize import quantize_file
 from edgekd.stages.quantize.ranges import QuantizeConfig

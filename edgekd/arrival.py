@@ -38,7 +38,7 @@ def import_result(path: Path, out: Path | None) -> tuple[Record, Path]:
         config = plain.load(BuildConfig, record.config)
         bench = read_off(ledger, name, made, returned, config.bench)
         bench = shipped(bench, named(config.targets)[name], record.students)
-        benches = tuple(bench if old.target == name else old for old in record.benches)
+        benches = tuple(bench if (old.target, old.scenario) == (name, "") else old for old in record.benches)
         record = replace(
             record,
             benches=benches,

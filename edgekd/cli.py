@@ -103,7 +103,11 @@ def compare(
     emit(json_, summary(made), text(made))
 
 
-for command in (cli_files.export, cli_files.quantize, cli_files.lint, cli_files.explain, cli_files.bench):
+FILES = (
+    *(cli_files.export, cli_files.quantize, cli_files.sensitivity),
+    *(cli_files.lint, cli_files.explain, cli_files.bench),
+)
+for command in FILES:
     app.command()(command)
 
 

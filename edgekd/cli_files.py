@@ -1,4 +1,4 @@
-"""The commands for files of any origin: export, quantize, lint, explain, bench."""
+"""The commands for files of any origin: export, quantize, sensitivity, lint, explain, bench."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from edgekd.console import Jetpack, Json, Smoke, emit
+from edgekd.console import Jetpack, Json, Smoke, emit, leave
 
 
 def export(
@@ -47,13 +47,44 @@ def quantize(
     method: Annotated[
         str, typer.Option(help="How ranges are found: minmax, moving_average, percentile, entropy, mse, auto.")
     ] = "minmax",
+    equalize: Annotated[bool, typer.Option("--equalize", help="Give the layers of a pair equal weights.")] = False,
+    smooth: Annotated[float, typer.Option(help="SmoothQuant's alpha for matrix products, such as 0.5.")] = 0.0,
+    correct_bias: Annotated[bool, typer.Option("--correct-bias", help="Take off what rounded weights add.")] = False,
+    per_channel: Annotated[
+        bool | None, typer.Option("--per-channel/--per-tensor", help="How many scales a weight has; else the target's.")
+    ] = None,
+    floats: Annotated[str, typer.Option(help="Layers that stay float, by commas; first and last are words.")] = "",
     json_: Json = False,
 ) -> None:
     """Quantize any ONNX file to INT8. Method auto: the least error against FP32 on inputs held out."""
     from edgekd.stages.quantize.by_name import described, facts, quantize_by_name
 
-    made = quantize_by_name(model, calib, out, target, dialect, jetpack, method)
+    asked = {"equalize": equalize, "smooth": smooth, "correct_bias": correct_bias, "per_channel": per_channel}
+    kept = [name.strip() for name in floats.split(",") if name.strip()]
+    made = quantize_by_name(model, calib, out, target, dialect, jetpack, method, floats=kept, **asked)
     emit(json_, facts(made), described(made))
+
+
+def sensitivity(
+    model: Annotated[Path, typer.Argument(help="An FP32 ONNX file.")],
+    calib: Annotated[Path, typer.Option(help="Network inputs to calibrate with, .npz or .npy, (N, C, H, W) float32.")],
+    images: Annotated[Path, typer.Option(help="Other network inputs, to judge by; no test images.")],
+    labels: Annotated[Path, typer.Option(help="Their classes, .npy.")],
+    target: Annotated[str, typer.Option("--target", "-t", help="Whose INT8 dialect and latency.")] = "cpu",
+    max_drop: Annotated[float | None, typer.Option(help="Points of accuracy that INT8 may lose.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where results go.")] = Path("runs/sensitivity"),
+    json_: Json = False,
+) -> None:
+    """Tell which layers INT8 harms, what it costs to keep them float, and which mix to take."""
+    from edgekd.core import plain
+    from edgekd.core.ledger import Ledger
+    from edgekd.stages.quantize.survey import survey
+    from edgekd.stages.report.frontier import text, verdict
+
+    with Ledger(out).locked():
+        found = survey(out, model, calib, images, labels, target, max_drop)
+    emit(json_, plain.dump(found) | {"verdict": verdict(found)}, text(found))
+    leave(0 if found.met else 1)
 
 
 def lint(
@@ -92,7 +123,17 @@ def bench(
     target: Annotated[str, typer.Option("--target", "-t", help="Where to run them.")] = "cpu",
     images: Annotated[Path | None, typer.Option(help="Network inputs, .npz or .npy; noise if not given.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Their classes, .npy: measures accuracy, too.")] = None,
-    threads: Annotated[int, typer.Option(help="Of the runtime.")] = 1,
+    threads: Annotated[str, typer.Option(help="Of the runtime; 1,2 measures with one, then with two.")] = "1",
+    batch: Annotated[
+        str, typer.Option(help="Images of a call; 1,8 for two tables. Above 1, give dynamic files.")
+    ] = "1",
+    scope: Annotated[
+        str, typer.Option(help="What a call holds, a table each: copies, model, preprocessing; cold: starts, memory.")
+    ] = "copies",
+    rate: Annotated[
+        float | None, typer.Option(help="Calls a second that are due; latency from when they were.")
+    ] = None,
+    throughput: Annotated[bool, typer.Option("--throughput", help="Images a second, too.")] = False,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where samples and results go.")] = Path("runs/bench"),
     smoke: Smoke = False,
     json_: Json = False,
@@ -100,10 +141,10 @@ def bench(
     """Compare the latency of any ONNX files on one target."""
     from edgekd.core import plain
     from edgekd.core.ledger import Ledger
-    from edgekd.stages.bench.benchmark import BenchConfig
-    from edgekd.stages.bench.compare import compare_files, table
+    from edgekd.stages.bench.compare import asked, comparisons, table
 
-    config = BenchConfig(blocks=4, calls=16, warmup_s=0.05, metrics=("top1", "p50_ms")) if smoke else BenchConfig()
+    config, counts = asked(smoke, threads, batch, scope, rate, throughput)
     with Ledger(out).locked():
-        result = compare_files(out, tuple(models), target, threads, images, labels, config)
-    emit(json_, plain.dump(result), table(result))
+        found = comparisons(out, tuple(models), target, counts, images, labels, config)
+    told = [plain.dump(result) for result in found]
+    emit(json_, told[0] if len(told) == 1 else told, "\n\n".join(map(table, found)))

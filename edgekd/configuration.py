@@ -10,6 +10,7 @@ from edgekd.core import plain, plugins
 from edgekd.core.config import read
 from edgekd.core.errors import ConfigError
 from edgekd.core.gate import Gate
+from edgekd.core.ledger import plugins_in
 from edgekd.core.method import Method
 from edgekd.core.model import Model
 from edgekd.core.settings import Settings
@@ -20,6 +21,7 @@ from edgekd.stages.bench.benchmark import BenchConfig
 from edgekd.stages.device.bundle import BundleConfig
 from edgekd.stages.export.export import ExportConfig
 from edgekd.stages.quantize.calibrate import CalibConfig
+from edgekd.stages.quantize.preparation import check_learnt, dialect_for
 from edgekd.stages.quantize.ranges import QuantizeConfig
 
 SMOKE_METRICS = ("top1", "agreement", "delta1", "rmse", "p50_ms")
@@ -123,6 +125,12 @@ class BuildConfig(Settings):
         at_least(2, images_per_class=self.images_per_class)
         if not self.targets:
             raise ConfigError("targets is empty", hint="name one, such as `- {use: cpu}`")
+        for target in self.targets:
+            if "int8" in target.delivery.engines:
+                dialect_for(target.dialect, self.quantize)  # this and the next raise before any training
+        taught = plugins_in((self.student.method, *self.student.baselines, *(self.compare.methods or ())))
+        if any(isinstance(plugin, Method) and plugin.LEARNS_RANGES for plugin in taught):
+            check_learnt(self.quantize)
 
 
 def smoke(config: BuildConfig) -> BuildConfig:
@@ -135,6 +143,7 @@ def smoke(config: BuildConfig) -> BuildConfig:
         more_teachers=tuple(replace(t, epochs=2) for t in config.more_teachers),
         student=replace(config.student, epochs=4, labels_per_class=None, unlabelled=0),
         calib=replace(config.calib, images=16),
+        quantize=replace(config.quantize, max_drop=None),
         bench=replace(config.bench, blocks=4, calls=16, warmup_s=0.05, metrics=SMOKE_METRICS),
         bundle=BundleConfig(images=64, checked=32),
         gates=(),

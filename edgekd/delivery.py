@@ -13,12 +13,17 @@ from edgekd.core import plugins, processor
 from edgekd.core.artifact import File, Weights
 from edgekd.core.errors import ConfigError
 from edgekd.core.ledger import Ledger, code
+from edgekd.core.mix import Frontier
 from edgekd.core.onnx_facts import Exported
 from edgekd.core.target import Target
+from edgekd.core.task import Scale
 from edgekd.core.trial import BenchResult, Contestant, Role
 from edgekd.quantization import Material, quantized, suffix
 from edgekd.stages.bench.assign import assigned
-from edgekd.stages.bench.benchmark import BenchConfig, benchmark, runner_path
+from edgekd.stages.bench.benchmark import BenchConfig, benchmark
+from edgekd.stages.bench.cold import with_memory
+from edgekd.stages.bench.runner import runner_path
+from edgekd.stages.bench.scenario import scenarios
 from edgekd.stages.device import local, remote
 from edgekd.stages.device.bundle import Bundle, Sent, bundle
 from edgekd.stages.device.remote import Place
@@ -46,9 +51,11 @@ class Away:
 class Delivered:
     """What came of one target."""
 
-    bench: BenchResult
+    bench: BenchResult  # the main one
+    beside: tuple[BenchResult, ...]  # with models called otherwise
     int8s: dict[str, Exported]  # by the name of the network
     bundle: Bundle | None
+    frontiers: tuple[Frontier, ...]  # where there is a limit to what INT8 may lose
 
 
 def named(targets: tuple[Target, ...]) -> dict[str, Target]:
@@ -87,7 +94,8 @@ def deliver(
     for sentence in target.delivery.instead:
         log.info("%s: %s", name, sentence)
     chosen = [t.weights.name for t in networks[1:] if t.weights.method == plugins.name_of(config.student.method)]
-    ranges, int8s = quantized(ledger, config, name, target, material, {n: exported[n] for n in chosen})
+    low = quantized(ledger, config, name, target, material, {n: exported[n] for n in chosen})
+    ranges, int8s, mixes = low.ranges, low.files, tuple(low.frontiers.values())
     sent = []
     for trained in networks:
         n, method = trained.weights.name, trained.weights.method
@@ -105,23 +113,50 @@ def deliver(
     returned = made and bring(ledger, name, target, made, away)
     if made and returned:
         bench = read_off(ledger, name, made, returned, config.bench)
-        return Delivered(shipped(bench, target, students), int8s, made)
+        return Delivered(shipped(bench, target, students), (), int8s, made, mixes)
     if reason:
-        return Delivered(unmeasured(name, reason, target.delivery.instead), int8s, made)
-    contestants = tuple(contestant for network in sent for contestant in contestants_of(network))
-    bench = ledger.given(circumstances(target, config.bench)).step(
-        f"bench-{name}",
-        BenchResult,
-        benchmark,
-        contestants,
-        name,
-        bare,
-        material.inputs,
-        task.test.labels,
-        next(c.name for c in contestants if c.role == "student"),
-        config.bench,
-    )
-    return Delivered(shipped(bench, target, students), int8s, made)
+        return Delivered(unmeasured(name, reason, target.delivery.instead), (), int8s, made, mixes)
+    single = tuple(contestant for network in sent for contestant in contestants_of(network))
+    dynamic = {e.single.file: e.dynamic.file for e in (*exported.values(), *int8s.values())}
+    bench, *beside = measured_here(ledger, config.bench, name, bare, material, single, dynamic)
+    return Delivered(shipped(bench, target, students), tuple(beside), int8s, made, mixes)
+
+
+def measured_here(
+    ledger: Ledger,
+    config: BenchConfig,
+    name: str,
+    target: Target,
+    material: Material,
+    single: tuple[Contestant, ...],
+    dynamic: dict[File, File],
+) -> tuple[BenchResult, ...]:
+    """Every scenario of the configuration, the main one first; calls of several images go to the `dynamic` files."""
+    task, found = material.task, []
+    known = ledger.given(circumstances(target, config))
+    alike = replace(config, batches=(1,), scopes=("copies",), rate=None, throughput=False)  # each is a step of its own
+    for called in scenarios(config):
+        contestants = single
+        if called.batch > 1:
+            contestants = tuple(replace(c, file=dynamic[c.file]) for c in single)
+        found.append(
+            known.step(
+                "-".join(filter(None, ("bench", name, called.slug))),
+                BenchResult,
+                benchmark,
+                contestants,
+                name,
+                target,
+                material.inputs,
+                task.test.labels if called.main else None,
+                next(c.name for c in contestants if c.role == "student"),
+                alike,
+                called,
+                Scale(task.mean, task.std),
+            )
+        )
+    cold = [bench for called, bench in zip(scenarios(config), found, strict=True) if called.scope == "cold"]
+    return (with_memory(found[0], cold[0]), *found[1:]) if cold else tuple(found)
 
 
 def shipped(bench: BenchResult, target: Target, students: Iterable[Weights]) -> BenchResult:

@@ -40,7 +40,7 @@ def graded_int8(
     inputs = ledger.step("exam", File, exam, task)
     material = Material(task, calib, inputs, (trained,))
     exported = export_all(ledger, config, material, readable(config, target))
-    _, files = quantized(ledger, config, name, target, material, exported)
+    files = quantized(ledger, config, name, target, material, exported).files
     (fp32,), (int8,) = exported.values(), files.values()
     known = ledger.given(metrics())
     step = f"grade-{trained.weights.name}{suffix}-int8"

@@ -60,7 +60,7 @@ def build(
         if device:
             config = fitted(ledger, config, device)  # before the hours of training
         targets = named(config.targets)
-        check(config.gates, config.bench.metrics, targets)
+        check(config.gates, config.bench.metrics, targets, config.bench.scopes)
         task, taught = tasks(ledger, config)
         inputs = ledger.step("exam", File, exam, task)  # cheap, and may fail: before the hours of training
         calib = calibration(ledger, config, task)
@@ -76,7 +76,7 @@ def build(
             for name, target in targets.items()
         }
         groups = (*exported.values(), *(d.int8s for d in delivered.values()))
-        benches = tuple(d.bench for d in delivered.values())
+        benches = tuple(bench for d in delivered.values() for bench in (d.bench, *d.beside))
         record = Record(
             name=config.name,
             edgekd=__version__,
@@ -91,6 +91,7 @@ def build(
             versions={name: version(name) for name in PACKAGES},
             step_seconds=dict(ledger.seconds),
             gates=decide(config.gates, benches),
+            frontiers=tuple(found for d in delivered.values() for found in d.frontiers),
             origins=origins(ledger, task, calib),
         )
         made = ledger.given(templates()).step("report", Rendered, rendered, record)
@@ -257,7 +258,7 @@ def summary(record: Record) -> dict[str, object]:
     return {
         "name": record.name,
         "targets": {
-            bench.target: {
+            bench.title: {
                 m.contestant.name: {"file": str(m.contestant.file.path), **m.readings, "verdict": m.verdict}
                 for m in bench.measurements
             }
@@ -273,6 +274,6 @@ def summary(record: Record) -> dict[str, object]:
 
 def headline(record: Record) -> str:
     """What a person wants to know of a build: the comparison on every target, and the gates."""
-    parts = [f"{b.target}: {unmeasured(b.not_measured)}" if b.not_measured else table(b) for b in record.benches]
+    parts = [f"{b.title}: {unmeasured(b.not_measured)}" if b.not_measured else table(b) for b in record.benches]
     gates = [f"gate on {d.target}, {d.gate.words}: {d.outcome}, {d.reason}" for d in record.gates]
     return "\n\n".join([*parts, *filter(None, ["\n".join(gates)])])

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgekd.configuration import BuildConfig
-from edgekd.core import plugins
+from edgekd.core import plugins, processor
 from edgekd.core.artifact import File
 from edgekd.core.ledger import Ledger, code
+from edgekd.core.mix import Frontier
 from edgekd.core.onnx_facts import Exported
 from edgekd.core.target import Target
 from edgekd.core.task import Task
+from edgekd.stages.bench.runner import runner_path
 from edgekd.stages.quantize.blueprint import learnt_ranges
 from edgekd.stages.quantize.calibrate import CalibrationSet
 from edgekd.stages.quantize.choice import JUDGES, most_accurate
+from edgekd.stages.quantize.mix import mixed
+from edgekd.stages.quantize.preparation import check_learnt, dialect_for, prepare
 from edgekd.stages.quantize.quantize import quantize_with
 from edgekd.stages.quantize.ranges import Ranges, candidates_of
 from edgekd.stages.training.distill import Trained
@@ -30,6 +34,15 @@ class Material:
     calib: CalibrationSet
     inputs: File  # test images as a network takes them
     networks: tuple[Trained, ...]  # the teacher first
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What came of the networks for one target, by their names."""
+
+    ranges: dict[str, Ranges]
+    files: dict[str, Exported]  # where the dialect has INT8 files
+    frontiers: dict[str, Frontier]  # where there is a limit to what INT8 may lose
 
 
 def readable(config: BuildConfig, target: Target) -> int:
@@ -49,38 +62,73 @@ def quantized(
     target: Target,
     material: Material,
     exported: dict[str, Exported],
-) -> tuple[dict[str, Ranges], dict[str, Exported]]:
+) -> Quantized:
     """The ranges of every student that the target runs in INT8, and its INT8 files where the dialect has such.
 
     One pass over the calibration images serves all targets that read the same opset.
     """
     if "int8" not in target.delivery.engines:
-        return {}, {}
+        return Quantized({}, {}, {})
     end = suffix(config, readable(config, target))
     learnt = {t.weights.name: t.weights.ranges for t in material.networks}
-    ranges, int8s = {}, {}
+    dialect = dialect_for(target.dialect, config.quantize)
+    judged = ledger.given({m: code(plugins.places("metrics")[m]) for m in JUDGES})
+    made_of = Quantized({}, {}, {})
     for n, made in exported.items():
+        if learnt[n]:
+            check_learnt(config.quantize)
+        if config.quantize.rescales:  # the FP32 file that is measured stays as it was exported
+            made = ledger.step(
+                f"prepare-int8-{n}{end}", Exported, prepare, made, material.calib.images, config.quantize
+            )
         found = ledger.step(
             f"ranges-{n}{end}", dict[str, Ranges], candidates_of, made, material.calib.images, config.quantize
         )
-        judged = ledger.given({m: code(plugins.places("metrics")[m]) for m in JUDGES})
-        ranges[n] = judged.step(
+        ranges = judged.step(
             f"method-{n}-{name}",
             Ranges,
             most_accurate,
             made,
             material.calib.images,
-            target.dialect,
+            dialect,
             found,
             material.task,
+            config.quantize.floats,
+            config.quantize.correct_bias,
         )
         first = config.targets[0].dialect
         if learnt[n] and target.dialect.symmetric_activation != first.symmetric_activation:
             log.info("%s: ranges of %s were learnt for another kind of INT8, so calibrated ones are used", name, n)
         elif learnt[n]:
-            ranges[n] = ledger.step(f"learnt-{n}-{name}", Ranges, learnt_ranges, made, ranges[n], learnt[n])
+            ranges = ledger.step(f"learnt-{n}-{name}", Ranges, learnt_ranges, made, ranges, learnt[n])
+        made_of.ranges[n], floats = ranges, config.quantize.floats
+        if config.quantize.max_drop is not None:
+            made_of.frontiers[n] = within(judged, config, n, name, target, material, made, ranges)
+            floats = (*floats, *made_of.frontiers[n].mix.floats)
         if target.dialect.form != "cache":
-            int8s[n] = ledger.step(
-                f"quantize-{n}-{name}", Exported, quantize_with, made, material.calib.images, target.dialect, ranges[n]
-            )
-    return ranges, int8s
+            asked = (material.calib.images, dialect, ranges, floats, config.quantize.correct_bias)
+            made_of.files[n] = ledger.step(f"quantize-{n}-{name}", Exported, quantize_with, made, *asked)
+    return made_of
+
+
+def within(
+    judged: Ledger,
+    config: BuildConfig,
+    network: str,
+    name: str,
+    target: Target,
+    material: Material,
+    made: Exported,
+    ranges: Ranges,
+) -> Frontier:
+    """Which layers stay float, so that a network loses no more than `max_drop` on a target. Raises as `mixed` does."""
+    limit = config.quantize.max_drop or 0.0
+    known = judged.given([judged.circumstances, here()])
+    bare = replace(target, budget_ms=None)
+    asked = (made, material.calib.images, ranges, material.task, name, bare, config.quantize, limit)
+    return known.step(f"mix-{network}-{name}", Frontier, mixed, *asked)
+
+
+def here() -> dict[str, object]:
+    """What the price of a layer depends on beside its arguments."""
+    return {"processor": processor.name(), "runner": File.of(runner_path())}

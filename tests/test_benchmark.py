@@ -19,8 +19,8 @@ from edgekd.core.artifact import File
 from edgekd.core.errors import ConfigError, DataError, EdgekdError, StaleArtifact
 from edgekd.core.trial import BenchResult, Contestant, Interval, Trial
 from edgekd.metrics._percentile import nearest_rank
-from edgekd.stages.bench import benchmark as stage
 from edgekd.stages.bench import judge, lineup, statistics
+from edgekd.stages.bench import runner as stage
 from edgekd.stages.bench.benchmark import BenchConfig, answer, benchmark, noise
 from edgekd.targets.cpu import Cpu
 from edgekd.targets.openvino import OpenVino

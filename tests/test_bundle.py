@@ -21,7 +21,8 @@ from edgekd.core import onnx_facts
 from edgekd.core.artifact import File
 from edgekd.core.errors import ConfigError, ModelError, StaleArtifact
 from edgekd.core.ledger import Ledger
-from edgekd.stages.bench.benchmark import BenchConfig, runner_path
+from edgekd.stages.bench.benchmark import BenchConfig
+from edgekd.stages.bench.runner import runner_path
 from edgekd.stages.device.bundle import Bundle, BundleConfig, Sent, bundle, place
 from edgekd.stages.export.export import ExportConfig, export
 from edgekd.stages.quantize.quantize import quantize_with

@@ -14,7 +14,8 @@ import pytest
 
 from edgekd.core.artifact import File
 from edgekd.core.errors import EdgekdError
-from edgekd.stages.bench.benchmark import BenchConfig, runner_path
+from edgekd.stages.bench.benchmark import BenchConfig
+from edgekd.stages.bench.runner import runner_path
 from edgekd.stages.device import local
 from edgekd.stages.device.bundle import Bundle
 from edgekd.stages.device.results import measured

@@ -22,8 +22,9 @@ from edgekd.core.errors import ConfigError, EdgekdError
 from edgekd.core.onnx_facts import answers
 from edgekd.core.target import Target
 from edgekd.core.trial import BenchResult, Contestant
-from edgekd.stages.bench.benchmark import BenchConfig, answer, benchmark, runner_path
+from edgekd.stages.bench.benchmark import BenchConfig, answer, benchmark
 from edgekd.stages.bench.compare import compare_files, table
+from edgekd.stages.bench.runner import runner_path
 from edgekd.stages.quantize.quantize import QuantizeConfig, quantize_file
 from edgekd.targets.openvino import OpenVino
 

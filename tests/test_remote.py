@@ -25,7 +25,8 @@ from edgekd.core.errors import Busy, ConfigError, EdgekdError, StaleArtifact, Ta
 from edgekd.core.ledger import Ledger
 from edgekd.core.processor import flags
 from edgekd.delivery import fitted
-from edgekd.stages.bench.benchmark import BenchConfig, runner_path
+from edgekd.stages.bench.benchmark import BenchConfig
+from edgekd.stages.bench.runner import runner_path
 from edgekd.stages.device.bundle import Bundle
 from edgekd.stages.device.follow import Seen
 from edgekd.stages.device.instructions import RUN

@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.core import processor
-from edgekd.stages.bench.benchmark import runner_path
+from edgekd.stages.bench.runner import runner_path
 
 SOURCE = runner_path().read_text()
 PROTOCOL = {"blocks": 3, "calls": 4, "warmup_s": 0.02, "warmup_calls": 10, "seed": 0, "spinning": True}
@@ -124,7 +124,9 @@ def test_a_result_says_what_ran_where_and_under_which_conditions(tmp_path: Path)
     assert model["bytes"] == (tmp_path / "a.onnx").stat().st_size and len(model["sha256"]) == 64
     assert model["precision"] == "fp32"
     assert model["load_ms"] > 0 and model["first_ms"] > 0 and model["warmup"]["calls"] >= 10
-    assert set(result["conditions"]) == {"load_before", "load_after", "others_percent", "steal_percent", "throttled"}
+    shares = {"others_percent", "steal_percent", "throttled"}
+    both = {f"{what}_{when}" for what in ("load", "temperature_c", "clock_mhz") for when in ("before", "after")}
+    assert set(result["conditions"]) == shares | both and 0 <= result["overhead_ns"] < 10_000
     assert {"processor", "flags", "cores", "affinity", "cpu_quota", "governor"} <= set(result["machine"])
 
 

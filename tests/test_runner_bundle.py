@@ -17,7 +17,7 @@ import onnx
 import pytest
 
 from edgekd.core import processor
-from edgekd.stages.bench.benchmark import runner_path
+from edgekd.stages.bench.runner import runner_path
 from edgekd.targets._jetpack import table
 from tests.standins import bundles
 from tests.standins.bundles import PROTOCOL, engine, found, make_bundle, run, sealed, start

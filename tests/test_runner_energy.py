@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from edgekd.stages.bench.benchmark import runner_path
+from edgekd.stages.bench.runner import runner_path
 from tests.standins import bundles
 from tests.standins.bundles import PROTOCOL, engine, found, make_bundle, run
 

@@ -3,6 +3,7 @@
     python3 edgekd_runner.py doctor                             what this machine is, and what it lacks
     python3 edgekd_runner.py answer --job job.json --out DIR    logits of every model to all inputs
     python3 edgekd_runner.py bench --job job.json --out DIR     nanoseconds of every timed call
+    python3 edgekd_runner.py start --job job.json --out DIR     cold starts and memory, in fresh processes
 
 and on a bundle, a folder with models, inputs and expected answers, one after the other:
 
@@ -16,9 +17,11 @@ import argparse
 import contextlib
 import ctypes
 import errno
+import functools
 import gc
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -39,6 +42,11 @@ DISCARDED = 3  # calls after each switch of models: caches, branch predictors
 SETTLE_S, SETTLES = 0.01, 50  # worker threads spin on after a call: 20 to 50 ms were seen in ONNX Runtime 1.31
 COMPUTE_CALLS = 200  # whose kernels are timed by the GPU's own clock
 ROTATED = 64  # inputs at most that timed calls go through
+FEWEST = 4  # of them, where calls are of many images
+BURST_S = 0.2  # at least, that a block of calls with several under way takes
+IDLE_S = 0.002  # before a call is due, sleeping becomes spinning: a sleep ends some tens of microseconds late
+PROBES = 1000  # calls of nothing, that tell what the loop itself takes
+STARTS = 6  # of each model: the range of 6 holds the median with 97 %
 CHUNK = 64  # images per answer call of a model with a dynamic batch
 SCHEMA = 1  # of bundles and results
 PATIENCE_S = 3  # that a child has to end
@@ -82,7 +90,8 @@ class OnnxRuntime:
         kinds = [kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
         self.errors = tuple(kinds) + (RuntimeError, ValueError)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = job["threads"]
+        self.callers = job["threads"] if job.get("protocol", {}).get("throughput") else 1  # threads of one call each
+        options.intra_op_num_threads = job["threads"] // self.callers
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         spinning = "1" if job.get("protocol", {}).get("spinning", True) else "0"
@@ -99,7 +108,41 @@ class OnnxRuntime:
         self.shape = [size if isinstance(size, int) else None for size in inputs[0].shape]  # None: dynamic
 
     def run(self, x):
+        """What everybody types. It reads `x` where it lies, and gives out the memory that it wrote to: no copies."""
         return self.session.run(None, {self.name: x})
+
+    def bound(self, x):
+        """What comes before a call, and a call that computes from where `x` lies into memory that is there already."""
+        import numpy as np
+        from onnxruntime import OrtValue
+
+        binding = self.session.io_binding()
+        places = [OrtValue.ortvalue_from_numpy(np.array(array)) for array in [x] + self.run(x)]
+        binding.bind_ortvalue_input(self.name, places[0])
+        for output, place in zip(self.session.get_outputs(), places[1:]):
+            binding.bind_ortvalue_output(output.name, place)
+        self.places = getattr(self, "places", []) + places  # which a binding does not keep alive
+        return nothing, functools.partial(self.session.run_with_iobinding, binding)
+
+    def burst(self, inputs, calls):
+        """That many calls, from as many Python threads at once as there are threads."""
+        if self.callers == 1:
+            for i in range(calls):
+                self.run(inputs[i % len(inputs)])
+            return
+        numbers = itertools.count()  # taking the next one is atomic
+
+        def work():
+            for i in iter(lambda: next(numbers), None):
+                if i >= calls:
+                    return
+                self.run(inputs[i % len(inputs)])
+
+        callers = [threading.Thread(target=work) for _ in range(self.callers)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
 
     def facts(self):
         import onnxruntime
@@ -108,14 +151,17 @@ class OnnxRuntime:
         return {
             "name": self.package,
             "version": onnxruntime.__version__,
-            "threads": options.intra_op_num_threads,
+            "threads": options.intra_op_num_threads * self.callers,
             "providers": self.session.get_providers(),
             "graph_optimisation": str(options.graph_optimization_level).rpartition(".")[2],
             "spinning": options.get_session_config_entry("session.intra_op.allow_spinning") == "1",
         }
 
+    def computes_in(self):
+        return "fp32"  # its processor kernels compute floats as the file says
+
     def in_force(self):
-        return {"precision": "fp32"}  # its processor kernels compute floats as the file says
+        return {"precision": self.computes_in(), "under_way": self.callers}
 
 
 class OpenVino:
@@ -129,8 +175,9 @@ class OpenVino:
 
         self.errors = (RuntimeError, ValueError)
         self.version = openvino.__version__.partition("-")[0]
+        throughput = job.get("protocol", {}).get("throughput")
         self.options = {
-            "PERFORMANCE_HINT": job.get("hint", "latency").upper(),
+            "PERFORMANCE_HINT": "THROUGHPUT" if throughput else job.get("hint", "latency").upper(),
             "INFERENCE_NUM_THREADS": job["threads"],
         }
         if model.get("precision", "fp32") == "fp32":  # else processors that have bf16 compute in that
@@ -138,23 +185,24 @@ class OpenVino:
         try:
             self.core = openvino.Core()
             self.model = self.core.read_model(model["path"])
-            self.shape = self.fixed(shape)
+            self.shape = self.fixed([job.get("batch", 1)] + shape)
             self.compiled, self.compile_ms = self.compile()
             self.request = self.compiled.create_infer_request()
             self.input = self.request.get_input_tensor().data  # its own memory, which a call writes to
+            self.queue = openvino.AsyncInferQueue(self.compiled) if throughput else None  # of as many as it advises
         except self.errors as error:
             raise Problem("openvino %s: %s" % (self.version, root_cause(error)), UNREADABLE, 1)
 
     def fixed(self, shape):
-        """Give the model its only shape, that of an input; the sizes in the file where it has them."""
+        """Give the model its only shape, that of a call's input; the sizes in the file where it has them."""
         inputs = self.model.inputs
         kinds = [i.get_element_type().get_type_name() for i in inputs]
         if kinds != ["f32"]:
             raise Problem("it takes %s" % (", ".join(kinds) or "no input"), "give models with one float32 input")
         found = inputs[0].get_partial_shape()
         sizes = [size.get_length() if size.is_static else None for size in found]
-        if None in sizes and len(sizes) == len(shape) + 1:
-            sizes = [given if size is None else size for size, given in zip(sizes, [1] + shape)]
+        if None in sizes and len(sizes) == len(shape):
+            sizes = [given if size is None else size for size, given in zip(sizes, shape)]
             self.model.reshape(sizes)
         return sizes
 
@@ -166,8 +214,25 @@ class OpenVino:
         return compiled, (now_ns() - started) / 1e6
 
     def run(self, x):
+        """Copies the input into the runtime's memory, and the outputs out of it into new arrays."""
         self.input[...] = x
         return self.request.infer()
+
+    def bound(self, x):
+        """What comes before a call, and a call on what is in the runtime's memory, where its outputs stay, too.
+
+        Tensors that share the memory of `x` would do as well, but each change of them costs some microseconds.
+        """
+        return functools.partial(self.place, x), functools.partial(self.request.infer, share_outputs=True)
+
+    def place(self, x):
+        self.input[...] = x
+
+    def burst(self, inputs, calls):
+        """That many calls, as many at once as the runtime advises."""
+        for i in range(calls):
+            self.queue.start_async({0: inputs[i % len(inputs)]})
+        self.queue.wait_all()
 
     def facts(self):
         read_back = self.compiled.get_property
@@ -180,9 +245,14 @@ class OpenVino:
             "hint": str(read_back("PERFORMANCE_HINT")).rpartition(".")[2].lower(),
         }
 
-    def in_force(self):
+    def computes_in(self):
         precision = self.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        found = {"precision": self.precisions.get(precision, precision), "compile_ms": self.compile_ms}
+        return self.precisions.get(precision, precision)
+
+    def in_force(self):
+        found = {"precision": self.computes_in(), "compile_ms": self.compile_ms}
+        if self.queue:
+            found["under_way"] = len(self.queue)
         with tempfile.TemporaryDirectory() as folder:
             try:
                 self.compile(folder)
@@ -227,7 +297,7 @@ def open_model(job, model, inputs):
             "all models of a job share its inputs: give inputs of that shape, or leave the model out",
         )
     session.batch = shape[0]
-    first = repeated(inputs[:1], session.batch or 1)
+    first = repeated(inputs[:1], session.batch or job.get("batch", 1))
     started = now_ns()
     ask(session, model["name"], first)
     first_ms = (now_ns() - started) / 1e6
@@ -300,57 +370,107 @@ def repeated(x, batch):
 
 
 def bench(job, out):
-    """Time single calls in randomised interleaved blocks; write `samples.npz` (ns, block, model), in order of time."""
-    import numpy as np
+    """Time calls in randomised interleaved blocks; write `samples.npz` (ns, block, model), in order of time.
 
+    A call holds what the job's scope says, and is timed alone; with a `rate` from when it was due, whether or not the
+    call before it was over; with `throughput`, whole blocks of calls are timed, several of them under way at once.
+    """
     protocol, images = job["protocol"], read_inputs(job)
     sessions, facts = open_timed(job, job["models"], images)
-    inputs, before = rotation(images), counters()
-    warm_up_all(sessions, facts, inputs, protocol)
-    ns, block, which = [], [], []
+    calls, before = [calls_of(job, session, images) for session in sessions], counters()
+    warm_up_all(sessions, calls, facts, protocol)
+    served = [index for index, fact in enumerate(facts) if fits(fact, protocol)]
+    blocks, rows = block_of(job, sessions, facts, calls, images), []
     for number, order in enumerate(orders(len(sessions), protocol)):
-        times = one_round(job, sessions, order, inputs, number)
-        ns += times
-        block += [number] * len(times)
-        which += np.repeat(order, protocol["calls"]).tolist()
+        rows += one_round(job, blocks, [index for index in order if index in served], number)
         emit({"progress": number + 1, "of": protocol["blocks"]})
-    save_samples(out, facts, ns, block, which)
+    save_samples(out, facts, rows)
     return {
         "machine": machine(),
         "conditions": conditions(before, counters()),
         "runtime": sessions[0].facts(),
         "protocol": protocol,
         "models": facts,
+        "overhead_ns": overhead_ns(),
     }
 
 
 def open_timed(job, models, images):
-    """Sessions that take one image, and what is known of each."""
-    sessions, facts = [], []
+    """Sessions that take the images of one call, and what is known of each."""
+    sessions, facts, batch = [], [], job.get("batch", 1)
     for model in models:
         session, fact = open_model(job, model, images)
-        if session.batch not in (None, 1):
+        if session.batch not in (None, batch):
+            wanted = "one image" if batch == 1 else "%d images" % batch
             raise Problem(
                 "`%s` has a fixed batch of %d" % (model["name"], session.batch),
-                "calls are timed with one image: export it with a batch of 1, or a dynamic one",
+                "calls are timed with %s: give a file with a batch of %d, or a dynamic one" % (wanted, batch),
             )
         sessions.append(session)
         facts.append(dict(fact, **session.in_force()))
     return sessions, facts
 
 
-def rotation(images):
-    """The inputs of timed calls, (1, C, H, W) each, from all over the images."""
+def rotation(images, batch=1):
+    """The inputs of timed calls, (batch, C, H, W) each, from all over the images."""
     import numpy as np
 
-    chosen = np.linspace(0, len(images) - 1, min(len(images), ROTATED)).astype(int)
-    return [np.array(images[i : i + 1]) for i in chosen]
+    count = max(min(len(images), ROTATED) // batch, FEWEST if batch > 1 else 1)
+    chosen = np.linspace(0, len(images) - 1, count * batch).astype(int)
+    return [np.array(images[chosen[i::count]]) for i in range(count)]
 
 
-def warm_up_all(sessions, facts, inputs, protocol):
-    for number, (session, fact) in enumerate(zip(sessions, facts)):
-        emit({"progress": 0, "of": protocol["blocks"], "note": "warm-up %d of %d" % (number + 1, len(sessions))})
-        fact["warmup"] = warm_up(session, inputs, protocol)
+def calls_of(job, session, images):
+    """For each of the inputs that are rotated: what comes before a call, untimed, and the call, as the scope has it."""
+    inputs, scope = rotation(images, job.get("batch", 1)), job.get("scope", "copies")
+    if scope == "model":
+        return [session.bound(x) for x in inputs]
+    if scope == "preprocessing":
+        return [(nothing, from_pictures(session, x, job.get("scale", {}))) for x in inputs]
+    return [(nothing, functools.partial(session.run, x)) for x in inputs]
+
+
+def nothing():
+    pass
+
+
+def from_pictures(session, x, scale):
+    """A call from pictures, (batch, H, W, C) uint8, to the class of each and its probability.
+
+    The pictures are `x` before it was scaled. Other answers than (batch, classes) stay as they are.
+    """
+    import numpy as np
+
+    mean, std = (np.array(scale.get(key, usual), np.float32) for key, usual in (("mean", 0), ("std", 1)))
+    if x.ndim != 4 or mean.size not in (1, x.shape[1]) or std.size not in (1, x.shape[1]):
+        found = "inputs of %s cannot be made from pictures with that scale" % "x".join(map(str, x.shape[1:]))
+        raise Problem(found, "the scope preprocessing needs channels, height, width, and a scale for each channel")
+    pictures = np.clip(np.rint((x.transpose(0, 2, 3, 1) * std + mean) * 255), 0, 255).astype(np.uint8)
+
+    def call():
+        scaled = (pictures.astype(np.float32) / np.float32(255) - mean) / std
+        y = session.run(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2)))[0]
+        if y.ndim != 2:
+            return y
+        odds = np.exp(y - y.max(1, keepdims=True))
+        shares = odds / odds.sum(1, keepdims=True)
+        return shares.argmax(1), shares.max(1)
+
+    return call
+
+
+def warm_up_all(sessions, calls, facts, protocol):
+    for number, (session, own, fact) in enumerate(zip(sessions, calls, facts)):
+        emit({"progress": 0, "of": protocol["blocks"], "note": "warm-up %d of %d" % (number + 1, len(facts))})
+        try:
+            fact["warmup"] = warm_up(own, protocol)
+        except session.errors as error:
+            raise Problem("`%s` does not run again and again: %s" % (fact["name"], first_line(error)), UNREADABLE, 1)
+
+
+def fits(fact, protocol):
+    """Whether a model can be called at the rate that is asked for; one that cannot would wait for ever longer."""
+    return not protocol.get("rate") or protocol["rate"] * fact["warmup"]["median_ns"] < 1e9
 
 
 def orders(models, protocol):
@@ -361,38 +481,72 @@ def orders(models, protocol):
     return [random.permutation(models).tolist() for _ in range(protocol["blocks"])]
 
 
-def one_round(job, sessions, order, inputs, number):
-    """Nanoseconds of the calls of every model, in order of time."""
-    ns, calls = [], job["protocol"]["calls"]
+def block_of(job, sessions, facts, calls, images):
+    """How a block of a model goes: a function of the model and of the first call's number, which gives the rows of its
+    calls, (nanoseconds, nanoseconds that it began late)."""
+    protocol = job["protocol"]
+    if protocol.get("throughput"):
+        inputs = rotation(images, job.get("batch", 1))
+        for session, fact in zip(sessions, facts):
+            few = protocol["calls"] * fact["under_way"]
+            spent = min(burst_ns(session, inputs, few) for _ in range(2))
+            fact["calls"] = max(few, int(BURST_S * 1e9 * few / spent))
+        return lambda index, first: [(burst_ns(sessions[index], inputs, facts[index]["calls"]), 0)]
+    if protocol.get("rate"):
+        return lambda index, first: in_block(calls[index], first, protocol["calls"], protocol["rate"])
+    return lambda index, first: [(ns, 0) for ns in in_block(calls[index], first, protocol["calls"])]
+
+
+def one_round(job, block, order, number):
+    """Of the calls of every model, in order of time: (nanoseconds, nanoseconds late, round, model)."""
+    rows = []
     for index in order:
         if job["threads"] != 1:
             settle()
-        ns += timed_block(sessions[index], inputs, number * calls, calls)  # all models of a round see the same inputs
-    return ns
+        first = number * job["protocol"]["calls"]  # all models of a round see the same inputs
+        rows += [(ns, late, number, index) for ns, late in block(index, first)]
+    return rows
 
 
-def save_samples(out, facts, ns, block, which, **more):
+def save_samples(out, facts, rows, **more):
+    """`samples.npz`; a `model` counts into `names`."""
     import numpy as np
 
-    samples = {
-        "ns": np.array(ns, np.int64),
-        "block": np.array(block, np.int32),
-        "model": np.array(which, np.int32),  # counts into names
-        "names": np.array([str(model["name"]) for model in facts]),
-    }
+    ns, late, block, model = np.array(rows, np.int64).reshape(-1, 4).T
+    samples = {"ns": ns, "late_ns": late, "block": block.astype(np.int32), "model": model.astype(np.int32)}
+    samples["names"] = np.array([str(model["name"]) for model in facts])
     samples.update(more)
     replace(os.path.join(out, "samples.npz"), lambda stream: np.savez(stream, **samples))
 
 
-def timed(session, inputs, first, calls):
-    """Nanoseconds of `calls` calls. The next input is taken outside of the timed region."""
-    times = [0] * calls
-    for i in range(calls):
-        x = inputs[(first + i) % len(inputs)]
+def timed(calls, first, count):
+    """Nanoseconds of `count` calls. What comes before each is outside of the timed region."""
+    times = [0] * count
+    for i in range(count):
+        place, call = calls[(first + i) % len(calls)]
+        place()
         start = now_ns()
-        session.run(x)
+        call()
         times[i] = now_ns() - start
     return times
+
+
+def at_rate(calls, first, count, rate):
+    """`count` calls that are due at a fixed rate: nanoseconds from when each was due to its end, and those that it
+    began late because the call before it was not over."""
+    found, step, origin = [], 1e9 / rate, now_ns() + int(IDLE_S * 1e9)
+    for i in range(count):
+        (place, call), due = calls[(first + i) % len(calls)], origin + int(i * step)
+        begun = now_ns()
+        place()
+        late = max(begun - due, 0) if i else 0
+        if due - begun > 2e9 * IDLE_S:
+            time.sleep((due - begun) / 1e9 - IDLE_S)
+        while now_ns() < due:
+            pass
+        call()
+        found.append((now_ns() - due, late))
+    return found
 
 
 def settle():
@@ -404,28 +558,94 @@ def settle():
             return
 
 
-def timed_block(session, inputs, first, calls):
+def in_block(calls, first, count, rate=None):
+    """The calls of a block, after some that do not count, without the garbage collector."""
     gc.collect()
     gc.disable()
     try:
-        timed(session, inputs, first - DISCARDED, DISCARDED)
-        return timed(session, inputs, first, calls)
+        timed(calls, first - DISCARDED, DISCARDED)
+        return at_rate(calls, first, count, rate) if rate else timed(calls, first, count)
     finally:
         gc.enable()
 
 
-def warm_up(session, inputs, protocol):
+def burst_ns(session, inputs, calls):
+    """Nanoseconds of all calls together."""
+    gc.collect()
+    gc.disable()
+    try:
+        session.burst(inputs, DISCARDED)
+        start = now_ns()
+        session.burst(inputs, calls)
+        return now_ns() - start
+    finally:
+        gc.enable()
+
+
+def overhead_ns():
+    """What the loop itself adds to a call: the median time of calls of nothing."""
+    return sorted(in_block([(nothing, nothing)], 0, PROBES))[PROBES // 2]
+
+
+def warm_up(calls, protocol):
     """Run until fast: enough calls, enough seconds, and medians that no longer move; or until the cap."""
-    started, calls, medians = now_ns(), 0, []
+    started, count, medians = now_ns(), 0, []
     while True:
-        times = timed(session, inputs, calls, WARMUP_BLOCK)
-        calls += WARMUP_BLOCK
+        times = timed(calls, count, WARMUP_BLOCK)
+        count += WARMUP_BLOCK
         medians = medians[-2:] + [sorted(times)[WARMUP_BLOCK // 2]]
         seconds = (now_ns() - started) / 1e9
         steady = len(medians) == 3 and max(medians) <= STEADY * min(medians)
-        enough = calls >= protocol["warmup_calls"] and seconds >= protocol["warmup_s"]
+        enough = count >= protocol["warmup_calls"] and seconds >= protocol["warmup_s"]
         if enough and (steady or seconds >= WARMUP_CAP * protocol["warmup_s"]):
-            return {"calls": calls, "seconds": seconds, "steady": steady}
+            return {
+                "calls": count,
+                "seconds": seconds,
+                "steady": steady,
+                "median_ns": sorted(medians)[len(medians) // 2],
+            }
+
+
+# --- start: how long until the first answer, and how much memory that took --------------------------------------------
+
+
+def start(job, out):
+    """Open every model in a fresh process, some times each by turns; and as often a process with the runtime alone."""
+    work = [list(range(-1, len(job["models"]))) for _ in range(STARTS)]
+    seen, before, total = [[] for _ in range(len(job["models"]) + 1)], counters(), STARTS * (len(job["models"]) + 1)
+    for number, order in enumerate(work):
+        for place in range(len(order)):
+            index = order[(place + number) % len(order)]  # each once first, once last: no need for numpy in here
+            words = ["_start", "--job", job["path"], "--out", out, "--model", str(index)]
+            seen[index].append(spawned(words))
+            emit({"progress": sum(map(len, seen)), "of": total})
+    facts, bare = [], seen[-1]
+    for model, starts in zip(job["models"], seen):
+        file = {"name": model["name"], "sha256": sha256(model["path"]), "bytes": os.path.getsize(model["path"])}
+        facts.append(dict(file, precision=starts[0].pop("precision"), starts=[one["start"] for one in starts]))
+    found = {"machine": machine(), "conditions": conditions(before, counters()), "runtime": seen[0][0]["runtime"]}
+    return dict(found, models=facts, runtime_only=[one["start"] for one in bare])
+
+
+def start_one(job, out, index):
+    """One cold start, in this process; -1: of the runtime alone. Milliseconds, and the peak of this process in KiB."""
+    package = RUNTIMES[job["runtime"]].package
+    begun, images = now_ns(), read_inputs(job)
+    __import__(package)
+    found = {"import_ms": (now_ns() - begun) / 1e6}
+    if index < 0:
+        return {"start": dict(found, peak_kib=peak_kib())}
+    session, fact = open_model(job, job["models"][index], images)
+    found.update({key: fact[key] for key in ("load_ms", "first_ms")}, peak_kib=peak_kib())
+    if job["runtime"] == "openvino":
+        found["compile_ms"] = session.compile_ms  # a part of load_ms
+    return {"start": found, "runtime": session.facts(), "precision": session.computes_in()}
+
+
+def peak_kib():
+    """Of this process alone: getrusage would count its parent's memory, too."""
+    peak = re.search(r"VmHWM:\s+(\d+) kB", read("/proc/self/status"))
+    return int(peak.group(1)) if peak else None
 
 
 # --- CUDA: the functions of libcudart that are needed, through ctypes -------------------------------------------------
@@ -720,6 +940,22 @@ class TensorRt:
         self.cuda.call("cudaStreamSynchronize", self.stream)
         return [output.host.copy() for output in self.outputs]
 
+    def bound(self, x):
+        """What comes before a call, and a call from and to the memory of the device."""
+        return functools.partial(self.place, x), self.computed
+
+    def place(self, x):
+        self.input.host[...] = x
+        self.input.send(self.stream)
+        self.cuda.call("cudaStreamSynchronize", self.stream)
+
+    def computed(self):
+        self.compute()
+        self.cuda.call("cudaStreamSynchronize", self.stream)
+
+    def burst(self, inputs, calls):
+        raise Problem("throughput of TensorRT is not measured here", "`trtexec` tells it: `bench` on a bundle runs it")
+
     def compute_ms(self, calls):
         """Of each call the time that the GPU takes by its own clock, without copies."""
         first, second = (self.cuda.handle("cudaEventCreate") for _ in range(2))
@@ -735,8 +971,11 @@ class TensorRt:
     def facts(self):
         return dict(self.told, waiting="spinning" if self.spins else "blocking", interface=type(self.io).__name__)
 
+    def computes_in(self):
+        return self.precision
+
     def in_force(self):
-        return {"precision": self.precision, "cuda_graph": self.graph_words}
+        return {"precision": self.computes_in(), "cuda_graph": self.graph_words, "under_way": 1}
 
 
 class Buffer:
@@ -1275,9 +1514,13 @@ def child(command, bundle, out, spec, seen=None):
 
     Raises Problem with the words of the child, or with what its end means.
     """
-    words = [sys.executable, os.path.abspath(__file__), "_child", command]
-    words += ["--bundle", bundle["folder"], "--out", out, "--spec", json.dumps(spec)]
-    told = {}
+    words = ["_child", command, "--bundle", bundle["folder"], "--out", out, "--spec", json.dumps(spec)]
+    return spawned(words, seen)
+
+
+def spawned(words, seen=None):
+    """What this program returns as a process of its own with these words."""
+    told, words = {}, [sys.executable, os.path.abspath(__file__)] + words
     with tempfile.TemporaryFile() as complaints:
         with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=complaints, **TEXT) as process:
             try:
@@ -1399,6 +1642,13 @@ def child_main(chosen):
     return 0
 
 
+def start_main(chosen):
+    """One cold start; the result is the last line."""
+    die_with_parent()
+    emit({"result": start_one(read_job(chosen.job, False), chosen.out, chosen.model)})
+    return 0
+
+
 def die_with_parent():
     """A child whose parent was killed would go on, and disturb the next run."""
     if sys.platform.startswith("linux"):
@@ -1469,14 +1719,14 @@ def bench_all(bundle, out, spec):
     sessions, facts = open_timed(job, spec["models"], images)
     for model, fact in zip(spec["models"], facts):
         fact.update(engine_sha256=fact["sha256"], sha256=model["model_sha256"])  # results are about the ONNX file
-    inputs, before = rotation(images), counters()
+    calls, before = [calls_of(job, session, images) for session in sessions], counters()
     rounds = Rounds(out, [bundle["sha256"], spec, sessions[0].facts(), [fact["engine_sha256"] for fact in facts]])
     missing = [number for number in range(job["protocol"]["blocks"]) if number not in rounds.done]
     if missing:
-        warm_up_all(sessions, facts, inputs, job["protocol"])
-    order = orders(len(sessions), job["protocol"])
+        warm_up_all(sessions, calls, facts, job["protocol"])
+    order, block = orders(len(sessions), job["protocol"]), block_of(job, sessions, facts, calls, images)
     for number in missing:
-        ns = one_round(job, sessions, order[number], inputs, number)
+        ns = [row[0] for row in one_round(job, block, order[number], number)]
         seen = {"conditions": conditions(before, counters()), "models": facts}
         rounds.keep(number, ns, order[number], seen)
         emit({"progress": len(rounds.done), "of": job["protocol"]["blocks"]})
@@ -1528,7 +1778,8 @@ class Rounds:
         ns, model, session = (np.concatenate([part[key] for part in parts]) for key in ("ns", "model", "session"))
         block = np.repeat(np.arange(len(parts)), [len(part["ns"]) for part in parts])
         facts = self.sessions[0]["models"]
-        save_samples(out, facts, ns, block, model, session=session.astype(np.int32))
+        rows = np.stack([ns, np.zeros_like(ns), block, model], 1)
+        save_samples(out, facts, rows, session=session.astype(np.int32))
         return [float(np.median(ns[model == index])) / 1e6 for index in range(len(facts))]
 
 
@@ -2118,9 +2369,17 @@ def counters():
         "total": sum(ticks),
         "busy": sum(ticks) - ticks[3] - ticks[4] - ticks[7],  # without idle, waiting for disks, stolen
         "steal": ticks[7],
-        "own": sum(os.times()[:2]) * (os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100),
+        "own": sum(os.times()[:4]) * (os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100),
         "throttled": int(throttled) if throttled.isdigit() else None,
+        "hottest": max(temperatures().values() or [None]),
+        "mhz": clock_mhz(),
     }
+
+
+def clock_mhz():
+    """Of the fastest core at this moment, or None."""
+    found = re.findall(r"^cpu MHz\s*: ([\d.]+)", read("/proc/cpuinfo"), re.MULTILINE)
+    return round(max(map(float, found))) if found else None
 
 
 def conditions(before, after):
@@ -2133,6 +2392,10 @@ def conditions(before, after):
         "others_percent": share and max(0.0, share * (moved["busy"] - moved["own"])),
         "steal_percent": share and share * moved["steal"],
         "throttled": None if before["throttled"] is None else after["throttled"] - before["throttled"],
+        "temperature_c_before": before["hottest"],
+        "temperature_c_after": after["hottest"],
+        "clock_mhz_before": before["mhz"],
+        "clock_mhz_after": after["mhz"],
     }
 
 
@@ -2285,7 +2548,11 @@ def read_job(path, timing):
         raise Problem("the hint of the job is `%s`" % job["hint"], "use latency or throughput")
     if not job["models"]:
         raise Problem("the job names no model", "give at least one in `models`")
-    home = os.path.dirname(os.path.abspath(path))
+    if not isinstance(job.get("batch", 1), int) or job.get("batch", 1) < 1:
+        raise Problem("the batch of the job is `%s`" % job["batch"], "give the images of a call, 1 or more")
+    if job.get("scope", "copies") not in SCOPES:
+        raise Problem("the scope of the job is `%s`" % job["scope"], "use %s" % ", ".join(SCOPES))
+    home, job["path"] = os.path.dirname(os.path.abspath(path)), os.path.abspath(path)
     job["inputs"] = os.path.join(home, job["inputs"])
     for model in job["models"]:
         need(model, "a model of the job", {"name": str, "path": str})
@@ -2305,6 +2572,11 @@ def check_protocol(protocol):
     need(protocol, "the protocol", numbers)
     if min(protocol["blocks"], protocol["calls"]) < 1:
         raise Problem("the protocol times no call", "give at least 1 for blocks and for calls")
+    rate = protocol.get("rate")
+    if rate is not None and (not isinstance(rate, (int, float)) or not 0 < rate < 1e6):
+        raise Problem("the rate of the protocol is `%s`" % rate, "give calls a second, more than 0")
+    if rate and protocol.get("throughput"):
+        raise Problem("the protocol has a rate and asks for throughput", "measure them one after the other")
 
 
 def need(found, what, kinds):
@@ -2360,6 +2632,7 @@ def emit(line):
     sys.stdout.flush()
 
 
+SCOPES = ("copies", "model", "preprocessing")
 RUNTIMES = {"onnxruntime": OnnxRuntime, "openvino": OpenVino, "tensorrt": TensorRt}
 CHILD_COMMANDS = {"look": look, "build": build_one, "verify": verify_one, "bench": bench_all, "energy": energy_loops}
 BUNDLE_COMMANDS = {
@@ -2380,6 +2653,8 @@ def main():
     try:
         if chosen.command == "_child":
             return child_main(chosen)
+        if chosen.command == "_start":
+            return start_main(chosen)
         if chosen.bundle:
             with stoppable():
                 return on_bundle(chosen)
@@ -2411,13 +2686,13 @@ def parsed():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command")
     commands.required = True
-    for name in ("doctor", "build", "verify", "bench", "energy", "collect", "answer"):
+    for name in ("doctor", "build", "verify", "bench", "energy", "collect", "answer", "start"):
         command = commands.add_parser(name)
         command.add_argument("--out", help="where results go; of a bundle: its folder `results`")
         source = command.add_mutually_exclusive_group(required=name != "doctor")
-        if name != "answer":
+        if name not in ("answer", "start"):
             source.add_argument("--bundle", help="its folder")
-        if name in ("answer", "bench"):
+        if name in ("answer", "bench", "start"):
             source.add_argument("--job")
         if name in ("bench", "energy"):
             command.add_argument(
@@ -2429,6 +2704,10 @@ def parsed():
     child.add_argument("work", choices=sorted(CHILD_COMMANDS))
     for name in ("--bundle", "--out", "--spec"):
         child.add_argument(name, required=True)
+    one = commands.add_parser("_start")
+    for name in ("--job", "--out"):
+        one.add_argument(name, required=True)
+    one.add_argument("--model", type=int, required=True)
     chosen = parser.parse_args()
     chosen.bundle = getattr(chosen, "bundle", None)
     if getattr(chosen, "job", None) and not chosen.out:
@@ -2459,7 +2738,7 @@ def stoppable():
 def on_job(chosen):
     job = read_job(chosen.job, timing=chosen.command == "bench")
     os.makedirs(chosen.out, exist_ok=True)
-    result = {"answer": answer, "bench": bench}[chosen.command](job, chosen.out)
+    result = {"answer": answer, "bench": bench, "start": start}[chosen.command](job, chosen.out)
     text = json.dumps(result, indent=2).encode()
     # last: a result is there only when all else is
     replace(os.path.join(chosen.out, "result.json"), lambda stream: stream.write(text))

@@ -16,7 +16,8 @@ Outcome = Literal["passed", "failed", "undecided"]
 @dataclass(frozen=True)
 class Gate(Settings):
     """One limit. `measure` is a metric, or `drop` and `teacher_drop` (points of top-1 lost against the float original
-    and the teacher), `speedup` (the teacher's median latency over the file's), `kilobytes`, `macs`, `parameters`."""
+    and the teacher), `speedup` (the teacher's median latency over the file's), `kilobytes`, `macs`, `parameters`,
+    `memory_mb` (that a process needs more with the file than without; with the scope `cold`)."""
 
     measure: str
     at_most: float | None = None

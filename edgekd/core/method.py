@@ -105,6 +105,7 @@ class Method(Plugin, ABC):
 
     FOLDER: ClassVar[str] = "methods"
     LABELS_ONLY: ClassVar[bool] = False  # it has no use for images without labels; it sees the others more often
+    LEARNS_RANGES: ClassVar[bool] = False  # of its students' INT8 files: these belong to the weights as they are
 
     @property
     def priced(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -179,24 +180,27 @@ def parameters(model: onnx.ModelProto) -> int:
 def macs(model: onnx.ModelProto, spec: TensorSpec, path: Path) -> int | None:
     """Multiply-accumulates for one image. None if a size is dynamic or an operator unknown to ONNX hides it."""
     sizes = shapes(model, spec, path)
-    total = 0
-    for node in model.graph.node:
-        if node.op_type in CONVOLUTIONS:
-            counted, factor = sizes.get(node.output[0]), sizes.get(node.input[CONVOLUTIONS[node.op_type]])
-            factor = factor and factor[1:]  # each output number sums over input channels of its group and the kernel
-        elif node.op_type == "ConvTranspose":
-            counted, factor = sizes.get(node.input[0]), sizes.get(node.input[1])
-            factor = factor and factor[1:]  # each input number goes to output channels of its group and the kernel
-        elif node.op_type in PRODUCTS:
-            counted, left = sizes.get(node.output[0]), sizes.get(node.input[0])
-            transposed = any(a.name == "transA" and a.i for a in node.attribute)
-            factor = left and (left[0 if transposed else -1],)
-        else:
-            continue
-        if counted is None or factor is None or 0 in counted or 0 in factor:
-            return None
-        total += prod(counted) * prod(factor)
-    return total // max(spec.shape[0], 1) if spec.shape else total
+    counts = [node_macs(node, sizes) for node in model.graph.node]
+    return None if None in counts else sum(filter(None, counts)) // max((1, *spec.shape[:1]))
+
+
+def node_macs(node: onnx.NodeProto, sizes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Those of one operator, from the sizes of tensors; None if one of them is not known."""
+    if node.op_type in CONVOLUTIONS:
+        counted, factor = sizes.get(node.output[0]), sizes.get(node.input[CONVOLUTIONS[node.op_type]])
+        factor = factor and factor[1:]  # each output number sums over input channels of its group and the kernel
+    elif node.op_type == "ConvTranspose":
+        counted, factor = sizes.get(node.input[0]), sizes.get(node.input[1])
+        factor = factor and factor[1:]  # each input number goes to output channels of its group and the kernel
+    elif node.op_type in PRODUCTS:
+        counted, left = sizes.get(node.output[0]), sizes.get(node.input[0])
+        transposed = any(a.name == "transA" and a.i for a in node.attribute)
+        factor = left and (left[0 if transposed else -1],)
+    else:
+        return 0
+    if counted is None or factor is None or 0 in counted or 0 in factor:
+        return None
+    return prod(counted) * prod(factor)
 
 
 def shapes(model: onnx.ModelProto, spec: TensorSpec, path: Path) -> dict[str, tuple[int, ...]]:
@@ -217,12 +221,9 @@ def shapes(model: onnx.ModelProto, spec: TensorSpec, path: Path) -> dict[str, tu
         cause = " ".join(str(error).replace("[ShapeInferenceError]", "").split())
         raise ModelError(f"the shapes in `{path}` contradict each other: {cause}", hint="export it anew") from error
     graph = fixed.graph
-    found = {v.name: tensor_spec(v).shape for v in (*graph.input, *graph.value_info, *graph.output) if known(v)}
+    values = (*graph.input, *graph.value_info, *graph.output)
+    found = {v.name: tensor_spec(v).shape for v in values if v.type.tensor_type.HasField("shape")}
     return found | {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-
-
-def known(value: onnx.ValueInfoProto) -> bool:
-    return bool(value.type.tensor_type.HasField("shape"))
 
 
 def check(path: Path) -> OnnxFacts:

@@ -7,6 +7,7 @@ from typing import Any
 
 from edgekd.core.artifact import OnnxModel, Weights
 from edgekd.core.gate import Decision
+from edgekd.core.mix import Frontier
 from edgekd.core.trial import BenchResult
 
 
@@ -47,4 +48,5 @@ class Record:
     versions: dict[str, str]  # of the packages in use
     step_seconds: dict[str, float]
     gates: tuple[Decision, ...] = ()
+    frontiers: tuple[Frontier, ...] = ()  # of students for targets, where there is a limit to what INT8 may lose
     origins: Origins | None = None

@@ -103,7 +103,7 @@ class BenchResult:
     not_measured: str  # why there are no measurements; empty when there are
     machine: Machine | None
     runtime: Runtime | None
-    protocol: dict[str, Any]  # batch, blocks, calls per block, warm-up, scope, seed
+    protocol: dict[str, Any]  # batch, what a call holds, blocks, calls per block, warm-up, scope, seed
     aa: Interval | None  # ratio of the baseline to its own duplicate: should hold 1
     warnings: tuple[str, ...]  # what a sceptic should know: load, drift, an A/A that moved
     measurements: tuple[Measurement, ...]
@@ -111,3 +111,9 @@ class BenchResult:
     started: str  # UTC, ISO 8601
     seconds: float
     ships: str = ""  # the contestant for this target: of several students, the most accurate within its latency budget
+    scenario: str = ""  # how it differs from the main table of its target: "batch 8", "model only"; empty: it is that
+
+    @property
+    def title(self) -> str:
+        """cpu; cpu, batch 8"""
+        return ", ".join(filter(None, (self.target, self.scenario)))

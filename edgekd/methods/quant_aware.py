@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -35,6 +36,8 @@ SHOWN = "int8 accuracy"  # beside the losses on validation data
 
 @dataclass(frozen=True)
 class QuantAware(Method):
+    LEARNS_RANGES: ClassVar[bool] = True
+
     base: Method  # what is taught first
     share: float = 0.2  # of the budget, for the rounded student
     start: float = 0.98  # where in the learning-rate schedule it begins: at a thousandth of the rate

@@ -15,7 +15,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekd.stages.bench.benchmark import runner_path
+from edgekd.stages.bench.runner import runner_path
 
 SHAPE = (2, 4, 4)
 CLASSES = 5

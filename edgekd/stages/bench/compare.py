@@ -6,6 +6,7 @@ import os
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import cast, get_args
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from edgekd.core.files import save_array
 from edgekd.core.target import Target
 from edgekd.core.trial import BenchResult, Contestant
 from edgekd.stages.bench.benchmark import BenchConfig, benchmark, noise
+from edgekd.stages.bench.cold import with_memory
+from edgekd.stages.bench.scenario import Scenario, Scope, scenarios
 from edgekd.stages.quantize.calibrate import load_calibration
 from edgekd.stages.report import words
 
@@ -28,8 +31,10 @@ def compare_files(
     images: Path | None,
     labels: Path | None,
     config: BenchConfig,
+    called: Scenario | None = None,
 ) -> BenchResult:
-    """Measure `models` against the first of them. Without `images` they are fed noise.
+    """Measure `models` against the first of them. Without `images` they are fed noise. `called` is how they are called;
+    the main scenario of `config` if it is not given.
 
     Raises TargetUnavailable if this machine cannot run the target, ConfigError if the files do not go together,
     DataError if images or labels are unfit.
@@ -51,7 +56,52 @@ def compare_files(
     out.mkdir(parents=True, exist_ok=True)
     inputs = noise(out, spec.shape[1:], config.seed) if images is None else given(out, images, spec)
     truth = None if labels is None else true_classes(labels, inputs, contestants)
-    return benchmark(out, contestants, target_name, target, inputs, truth, contestants[0].name, config)
+    return benchmark(out, contestants, target_name, target, inputs, truth, contestants[0].name, config, called)
+
+
+def comparisons(
+    out: Path,
+    models: tuple[Path, ...],
+    target_name: str,
+    threads: tuple[int, ...],
+    images: Path | None,
+    labels: Path | None,
+    config: BenchConfig,
+) -> tuple[BenchResult, ...]:
+    """`compare_files` with every number of threads in every scenario of `config`; the first in `out`, others below."""
+    found = []
+    for count in threads:
+        own = []
+        for called in scenarios(config):
+            name = "-".join(filter(None, (f"{count}t" if count != threads[0] else "", called.slug)))
+            truth = labels if called.main else None
+            own.append(compare_files(out / name, models, target_name, count, images, truth, config, called))
+        cold = [result for called, result in zip(scenarios(config), own, strict=True) if called.scope == "cold"]
+        found += [with_memory(own[0], cold[0]) if cold else own[0], *own[1:]]
+    return tuple(found)
+
+
+def asked(
+    smoke: bool, threads: str, batch: str, scope: str, rate: float | None, throughput: bool
+) -> tuple[BenchConfig, tuple[int, ...]]:
+    """What a command line asks for, lists with commas; and the numbers of threads. Raises ConfigError."""
+    scopes, known = tuple(word.strip() for word in scope.split(",")), get_args(Scope)
+    for word in scopes:
+        if word not in known:
+            raise plugins.unknown(f"there is no scope `{word}`", word, list(known))
+    config = BenchConfig(
+        batches=numbers("--batch", batch), scopes=cast(tuple[Scope, ...], scopes), rate=rate, throughput=throughput
+    )
+    if smoke:
+        config = replace(config, blocks=4, calls=16, warmup_s=0.05, metrics=("top1", "p50_ms"))
+    return config, numbers("--threads", threads)
+
+
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) for word in words) or len(set(words)) < len(words):
+        raise ConfigError(f"{option} is `{text}`", hint=f"give whole numbers, each once, such as {option} 1,2")
+    return tuple(map(int, words))
 
 
 def contestant(path: Path, name: str) -> Contestant:
@@ -106,15 +156,20 @@ def true_classes(labels: Path, inputs: File, contestants: tuple[Contestant, ...]
     return File.of(labels)
 
 
+def shown(value: float) -> str:
+    return f"{value:.4g}" if value < 1e4 else f"{value:,.0f}"
+
+
 def table(result: BenchResult) -> str:
     """A comparison for a terminal, with its machine."""
     names = list(dict.fromkeys(name for m in result.measurements for name in m.readings))
     rows = [["model", "precision", "floats in", *names, "compared with the first"]]
     for m in result.measurements:
-        cells = [f"{m.readings[n]:.4g}" if n in m.readings else "-" for n in names]
+        cells = [shown(m.readings[n]) if n in m.readings else "-" for n in names]
         rows.append([m.contestant.name, m.contestant.precision, m.floats or "-", *cells, m.verdict or "-"])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [f"{result.title}:"] if result.scenario else []
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     machine, runtime = result.machine, result.runtime
     if machine and runtime:
         lines.append(

@@ -12,13 +12,17 @@ from edgekd.core.gate import Decision, Gate, Outcome
 from edgekd.core.trial import BenchResult, Interval, Measurement
 from edgekd.stages.report.figures import size
 
-OTHER = ("drop", "teacher_drop", "speedup", "kilobytes", "macs", "parameters")  # measures that are no metrics
+# measures that are no metrics
+OTHER = ("drop", "teacher_drop", "speedup", "kilobytes", "macs", "parameters", "memory_mb")
 NOISY = ("A/A", "throttled")  # warnings that leave a latency undecided
 EXIT = {"passed": 0, "failed": 3, "undecided": 4}
 
 
-def check(gates: Iterable[Gate], metrics: Iterable[str], targets: Iterable[str]) -> None:
+def check(
+    gates: Iterable[Gate], metrics: Iterable[str], targets: Iterable[str], scopes: Iterable[str] = ("copies",)
+) -> None:
     """Raises ConfigError for a gate that looks at nothing which is measured, or is for a target that is not there."""
+    starts = "cold" in scopes
     measured, labels, families = list(metrics), list(targets), plugins.names("targets")
     known, there = (*measured, *OTHER), sorted({*labels, *families})
     for gate in gates:
@@ -26,13 +30,15 @@ def check(gates: Iterable[Gate], metrics: Iterable[str], targets: Iterable[str])
             raise ConfigError("gates need the metric `p50_ms`", hint="add it to bench.metrics")
         if gate.measure not in known:
             raise plugins.unknown(f"no gate can look at `{gate.measure}`", gate.measure, list(known))
+        if gate.measure == "memory_mb" and not starts:
+            raise ConfigError("a gate looks at `memory_mb`, which is not measured", hint="add `cold` to bench.scopes")
         if gate.target and gate.target not in there:
             raise plugins.unknown(f"a gate is for the target `{gate.target}`", gate.target, there)
 
 
 def decide(gates: Iterable[Gate], benches: Iterable[BenchResult]) -> tuple[Decision, ...]:
-    """Every gate on every target that it is for, about the file that ships there."""
-    rows = list(benches)
+    """Every gate on every target that it is for, about the file that ships there, in the target's main table."""
+    rows = [bench for bench in benches if not bench.scenario]
     return tuple(decided(gate, bench) for gate in gates for bench in rows if meant(gate, bench.target))
 
 

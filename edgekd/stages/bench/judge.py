@@ -45,18 +45,20 @@ def judged(
     ns: list[np.ndarray],
     floats: list[str],
     config: BenchConfig,
+    sessions: int = 1,
 ) -> tuple[Interval, tuple[Measurement, ...]]:
     """The A/A control, and each contestant measured against that at `base`, with its file linked into `out`.
 
-    `ns` ends with the second session of the baseline; `floats` are the precisions that were read back.
+    `ns` ends with the second session of the baseline, all in `sessions` processes; `floats` are the precisions that
+    were read back.
     """
-    aa = statistics.ratio(ns[base], ns[-1], config.seed)
+    aa = statistics.ratio(ns[base], ns[-1], config.seed, sessions)
     knowing = contestants[base].role == "teacher" and contestants[base].knows
     teacher = seen[base].logits if knowing else np.zeros(0)
     found = []
     for index, (contestant, trial) in enumerate(zip(contestants, seen, strict=True)):
-        speedup = None if index == base else statistics.ratio(ns[base], ns[index], config.seed)
-        verdict = statistics.verdict(speedup, aa) if speedup else ""
+        speedup = None if index == base else statistics.ratio(ns[base], ns[index], config.seed, sessions)
+        verdict = statistics.verdict(speedup, aa, sessions) if speedup else ""
         kept = replace(contestant, file=linked(out, index, contestant))
         sure = intervals(trial, teacher, config.metrics, config.seed)
         read_off = readings(trial, config.metrics)

@@ -12,37 +12,71 @@ from edgekd.metrics._percentile import nearest_rank
 RESAMPLES = 2000
 AA_TOLERANCE = 0.01  # by how much an A/A interval may miss 1
 SESSIONS_DIFFER = 0.02  # two sessions of one file do, by where their memory lies: 24 of them spread from 0.984 to 1.008
+SMALLEST = 0.005  # difference that is told, where sessions are several and their spread is in the interval
+BLURRED = 0.05  # half of an interval, from which on it says too little to call a difference absent
 DRIFT_TOLERANCE = 0.03  # between the medians of the first and the last third
 OTHERS_PERCENT = 25.0  # of all processor time, spent by other processes
 STEAL_PERCENT = 1.0
 LOAD_PER_CORE = 0.5
 
 
-def ratio(base: np.ndarray, other: np.ndarray, seed: int) -> Interval:
+def ratio(base: np.ndarray, other: np.ndarray, seed: int, sessions: int = 1) -> Interval:
     """How many times faster `other` is: the median of `base` over its own, with a 95 % interval.
 
     Both are (blocks, calls) nanoseconds. Blocks are resampled, not calls, for calls next to each other are alike;
     the same blocks for both, for block b of both was measured within one round. A percentile bootstrap (Efron).
+    Of several sessions, consecutive blocks each, it is the geometric mean of their ratios; the interval is no narrower
+    than Student's of the sessions, for they differ by more than blocks of one do: by where memory lies.
     """
-    picks = np.random.default_rng(seed).integers(len(base), size=(RESAMPLES, len(base)))
-    ratios = np.array([median(base[blocks]) / median(other[blocks]) for blocks in picks])
-    mid = median(base) / median(other)
-    return Interval(min(nearest_rank(ratios, 2.5), mid), mid, max(nearest_rank(ratios, 97.5), mid))
+    random, ratios, own_ratios = np.random.default_rng(seed), np.ones(RESAMPLES), []
+    for part in np.array_split(np.arange(len(base)), sessions):
+        own, others = base[part], other[part]
+        picks = random.integers(len(part), size=(RESAMPLES, len(part)))
+        ratios *= np.array([median(own[blocks]) / median(others[blocks]) for blocks in picks]) ** (1 / sessions)
+        own_ratios.append(median(own) / median(others))
+    mid = own_ratios[0] if sessions == 1 else float(np.exp(np.mean(np.log(own_ratios))))
+    low, high = min(nearest_rank(ratios, 2.5), mid), max(nearest_rank(ratios, 97.5), mid)
+    spread = between(own_ratios)
+    return Interval(min(low, mid / spread), mid, max(high, mid * spread))
+
+
+def between(ratios: list[float]) -> float:
+    """By what factor the mean of so many sessions is off, with 95 %: Student's t of their logarithms. 1 of one."""
+    if len(ratios) == 1:
+        return 1.0
+    from scipy.special import stdtrit  # type: ignore[import-untyped]
+
+    error = np.log(ratios).std(ddof=1) / np.sqrt(len(ratios))
+    return float(np.exp(stdtrit(len(ratios) - 1, 0.975) * error))
+
+
+def middle(ns: np.ndarray, seed: int) -> Interval:
+    """The median of (blocks, calls) with a 95 % interval, by a bootstrap of blocks."""
+    picks = np.random.default_rng(seed).integers(len(ns), size=(RESAMPLES, len(ns)))
+    seen, mid = np.array([median(ns[blocks]) for blocks in picks]), median(ns)
+    return Interval(min(nearest_rank(seen, 2.5), mid), mid, max(nearest_rank(seen, 97.5), mid))
 
 
 def median(values: np.ndarray) -> float:
     return nearest_rank(values.ravel(), 50)
 
 
-def verdict(speedup: Interval, aa: Interval) -> str:
-    """A difference counts when its interval lies beyond what two sessions of the same file show, here and usually."""
+def verdict(speedup: Interval, aa: Interval, sessions: int = 1) -> str:
+    """A difference counts when its interval lies beyond what two sessions of the same file show, here and usually.
+
+    Of several sessions the interval holds already how much they differ: beyond the A/A ratio itself is enough.
+    """
     band = max(aa.high, 1 / aa.low, 1 + SESSIONS_DIFFER)
+    if sessions > 1:
+        band = max(aa.mid, 1 / aa.mid, 1 + SMALLEST)
     if speedup.low > band:
         return times("faster", speedup)
     if speedup.high < 1 / band:
         return times("slower", Interval(1 / speedup.high, 1 / speedup.mid, 1 / speedup.low))
     if moved(aa):
         return f"too noisy to say: A/A moved {100 * abs(aa.mid - 1):.0f} %"
+    if speedup.high / speedup.low > (1 + BLURRED) ** 2:
+        return f"too noisy to say: between {speedup.low:.2f} and {speedup.high:.2f} times as fast"
     return "no measurable difference"
 
 
@@ -56,23 +90,28 @@ def moved(aa: Interval) -> bool:
     return aa.low > 1 + AA_TOLERANCE or aa.high < 1 - AA_TOLERANCE
 
 
-def drift(ns: np.ndarray) -> float:
-    """By what share the median moved from the first third of (blocks, calls) nanoseconds to the last."""
-    third = len(ns) // 3
-    return median(ns[-third:]) / median(ns[:third]) - 1
+def drift(ns: np.ndarray, sessions: int = 1) -> float:
+    """By what share the median moved from the first third of (blocks, calls) nanoseconds to the last; the mean of
+    several sessions."""
+    parts = [ns[part] for part in np.array_split(np.arange(len(ns)), sessions)]
+    moves = [median(own[-(len(own) // 3) :]) / median(own[: len(own) // 3]) - 1 for own in parts]
+    return float(np.mean(moves))
 
 
-def doubts(aa: Interval, samples: dict[str, np.ndarray], result: dict[str, Any]) -> tuple[str, ...]:
+def doubts(
+    aa: Interval | None, samples: dict[str, np.ndarray], result: dict[str, Any], sessions: int = 1
+) -> tuple[str, ...]:
     """What in the samples (name -> (blocks, calls) nanoseconds) and the runner's result speaks against the numbers."""
     found = contention(result["conditions"], result["machine"]["cores"])
-    if moved(aa):
+    if aa and moved(aa):
         found.append(
             f"A/A: two sessions of the same file differ by {100 * abs(aa.mid - 1):.1f} % ({aa.low:.3f}-{aa.high:.3f})"
         )
     for name, ns in samples.items():
-        if abs(drift(ns)) > DRIFT_TOLERANCE:
-            found.append(f"drift: the median of {name} moved by {100 * drift(ns):+.1f} % from first to last third")
-    unsteady = [model["name"] for model in result["models"] if not model["warmup"]["steady"]]
+        change = drift(ns, sessions) if ns.size else 0.0
+        if abs(change) > DRIFT_TOLERANCE:
+            found.append(f"drift: the median of {name} moved by {100 * change:+.1f} % from first to last third")
+    unsteady = [model["name"] for model in result["models"] if not model.get("warmup", {}).get("steady", True)]
     if unsteady:
         found.append(f"warm-up: {', '.join(unsteady)} had not become steady when timing began")
     return tuple(found)

@@ -18,7 +18,8 @@ from edgekd.core.files import save_array
 from edgekd.core.settings import Settings
 from edgekd.core.target import Engine, Target
 from edgekd.core.trial import Role
-from edgekd.stages.bench.benchmark import BenchConfig, job
+from edgekd.stages.bench.benchmark import BenchConfig
+from edgekd.stages.bench.runner import job
 from edgekd.stages.device.instructions import RUN, readme
 from edgekd.stages.export.fp16 import bake
 from edgekd.stages.lint.lint import described, lint

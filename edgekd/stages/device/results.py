@@ -16,15 +16,10 @@ from edgekd.core.artifact import File, Precision
 from edgekd.core.errors import ConfigError, EdgekdError, StaleArtifact
 from edgekd.core.trial import BenchResult, Contestant, Machine, Runtime
 from edgekd.stages.bench import statistics
-from edgekd.stages.bench.benchmark import (
-    RUNTIME,
-    SCOPE,
-    BenchConfig,
-    machine,
-    nanoseconds,
-    read_back,
-)
+from edgekd.stages.bench.benchmark import RUNTIME, BenchConfig, environment, read_back
 from edgekd.stages.bench.judge import judged, trials
+from edgekd.stages.bench.runner import machine, nanoseconds
+from edgekd.stages.bench.scenario import Scenario
 from edgekd.stages.device.bundle import SCHEMA, Bundle
 
 RESULT, SAMPLES = "result.json", "samples.npz"
@@ -141,7 +136,7 @@ def measured(out: Path, bundle: Bundle, returned: Returned, config: BenchConfig)
     doubts = statistics.doubts(aa, dict(zip(timed, ns, strict=True)), bench)
     protocol = {
         "batch": 1,
-        "scope": SCOPE,
+        "scope": Scenario().holds(bench["runtime"]["name"]),
         "images": images,
         **{key: bench["protocol"][key] for key in ("blocks", "calls", "seed")},
     }
@@ -150,7 +145,7 @@ def measured(out: Path, bundle: Bundle, returned: Returned, config: BenchConfig)
         not_measured="",
         machine=device(found),
         runtime=Runtime(**{key: bench["runtime"][key] for key in RUNTIME}),
-        protocol=protocol | read_back(bench) | circumstances(found),
+        protocol=protocol | read_back(bench) | environment(bench) | circumstances(found),
         aa=aa,
         warnings=(*doubts, *remarks(manifest, found)),
         measurements=tuple(measurements),

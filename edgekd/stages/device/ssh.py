@@ -17,7 +17,7 @@ from typing import IO, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from edgekd.core.errors import ConfigError, EdgekdError, TargetUnavailable
-from edgekd.stages.bench.benchmark import runner_path
+from edgekd.stages.bench.runner import runner_path
 from edgekd.stages.device.follow import heard
 
 CONFIG = "EDGEKD_SSH_CONFIG"  # environment variable: a file that stands in for the user's ssh_config (`ssh -F`)

@@ -19,6 +19,7 @@ from edgekd.core.onnx_facts import Exported
 from edgekd.core.target import Dialect
 from edgekd.learn.marks import mark, nearest, probe
 from edgekd.stages.quantize.calibrate import load_calibration
+from edgekd.stages.quantize.preparation import check_learnt, dialect_for
 from edgekd.stages.quantize.quantize import in_pairs, quantize_with, settled
 from edgekd.stages.quantize.ranges import QuantizeConfig, Ranges, prepared
 
@@ -41,12 +42,13 @@ def draft(
     """
     from edgekd.stages.export.export import export
 
-    dialect = in_pairs(dialect)
+    check_learnt(quantize)
+    dialect = in_pairs(dialect_for(dialect, quantize))
     out.mkdir(parents=True, exist_ok=True)
     inputs = load_calibration(images.path, TensorSpec("image", (0, 0, 0, 0)))
     made = export(out, "draft", network, inputs, None, config)
     ranges = settled(made.dynamic.file.path, inputs, dialect, quantize)
-    int8 = quantize_with(out, made, images, dialect, ranges)
+    int8 = quantize_with(out, made, images, dialect, ranges, quantize.floats)
     found = read(made.dynamic.file.path, int8.dynamic.file.path, ranges, dialect)
     shutil.rmtree(out)
     return found

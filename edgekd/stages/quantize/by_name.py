@@ -17,10 +17,18 @@ from edgekd.targets._jetpack import cache_release
 
 
 def quantize_by_name(
-    model: Path, calib: Path, out: Path, target: str | None, dialect: str | None, jetpack: str | None, method: str
+    model: Path,
+    calib: Path,
+    out: Path,
+    target: str | None,
+    dialect: str | None,
+    jetpack: str | None,
+    method: str,
+    **more: Any,
 ) -> OnnxModel | CalibrationCache:
     """Write `out` from the FP32 ONNX file `model` and the network inputs in `calib`, (N, C, H, W).
 
+    `method` and `more` are fields of QuantizeConfig.
     Raises ConfigError for names that do not exist or do not go together, ModelError and DataError as `quantize_file`.
     """
     chosen = choice(target, dialect)
@@ -30,7 +38,7 @@ def quantize_by_name(
             hint=f"leave out --jetpack; `edgekd lint {out} --jetpack {jetpack}` judges the file",
         )
     release = cache_release(jetpack) if chosen.form == "cache" else ""
-    config = plain.load(QuantizeConfig, {"method": method})
+    config = plain.load(QuantizeConfig, {"method": method, **more})
     inputs = load_calibration(calib, onnx_facts.facts(model).input)
     if release:
         return cache_file(model, out, inputs, release, config)

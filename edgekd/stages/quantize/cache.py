@@ -12,6 +12,7 @@ from edgekd.core.artifact import File
 from edgekd.core.dialects import DIALECTS
 from edgekd.core.errors import ConfigError, ModelError
 from edgekd.stages.quantize.explicit import scales
+from edgekd.stages.quantize.preparation import dialect_for
 from edgekd.stages.quantize.quantize import settled
 from edgekd.stages.quantize.ranges import QuantizeConfig, Ranges
 
@@ -35,7 +36,7 @@ def cache_file(
     """
     if target.suffix == ".onnx" or (target.exists() and target.samefile(model)):
         raise ConfigError(f"`{target}` is no name for a calibration cache", hint="end it with .cache")
-    return write_cache(model, target, tensorrt, settled(model, inputs, DIALECTS["dla"], config))
+    return write_cache(model, target, tensorrt, settled(model, inputs, dialect_for(DIALECTS["dla"], config), config))
 
 
 def write_cache(model: Path, target: Path, tensorrt: str, ranges: Ranges) -> CalibrationCache:

@@ -24,7 +24,14 @@ JUDGES = ("top1", "delta1")  # the metric of class answers, and that of maps
 
 
 def most_accurate(
-    out: Path, model: Exported, images: File, dialect: Dialect, found: dict[str, Ranges], task: Task
+    out: Path,
+    model: Exported,
+    images: File,
+    dialect: Dialect,
+    found: dict[str, Ranges],
+    task: Task,
+    floats: tuple[str, ...] = (),
+    correct_bias: bool = False,
 ) -> Ranges:
     """Of `found`, by method, the ranges whose INT8 file in `dialect` is the most accurate; the first of equals.
 
@@ -40,7 +47,8 @@ def most_accurate(
     def grade(ranges: Ranges) -> float:
         with TemporaryDirectory(prefix="edgekd-", dir=out) as folder:
             target = Path(folder, "int8.onnx")
-            convert(model.dynamic.file.path, target, known, in_pairs(dialect), ranges, model.single.macs)
+            path, macs = model.dynamic.file.path, model.single.macs
+            convert(path, target, known, in_pairs(dialect), ranges, macs, floats, correct_bias)
             logits = onnx_facts.answers(target, inputs)
         (percent,) = readings(Trial(nothing, nothing, logits, nothing, valid.labels), JUDGES).values()
         return percent

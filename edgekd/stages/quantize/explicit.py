@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,8 +58,14 @@ def scales(amax: np.ndarray) -> np.ndarray:
     return np.where(steps < np.finfo(np.float32).tiny, np.float32(1), steps)
 
 
-def explicit(model: onnx.ModelProto, bounds: Mapping[str, tuple[float, float]], per_channel: bool) -> onnx.ModelProto:
-    """`model` quantized in place, with float weights and biases. `bounds` are the ranges of its float tensors.
+def explicit(
+    model: onnx.ModelProto,
+    bounds: Mapping[str, tuple[float, float]],
+    per_channel: bool,
+    kept: Collection[str] = (),
+) -> onnx.ModelProto:
+    """`model` quantized in place, with float weights and biases. `bounds` are the ranges of its float tensors; `kept`
+    the outputs of operators that stay float.
 
     Signed and symmetric, zero points written. Conv branches enter their Add unquantized, so that Conv, Add and ReLU
     become one kernel. Operators whose weights are computed from the input stay float, a product of two activations
@@ -77,6 +83,8 @@ def explicit(model: onnx.ModelProto, bounds: Mapping[str, tuple[float, float]], 
     skips = find_skips(graph)
     pairs = Pairs(graph)
     for node in graph.node:
+        if node.output[0] in kept:
+            continue
         if node.output[0] in skips:
             position = skips[node.output[0]]
             pairs.put(node, position, amax(node.input[position]))

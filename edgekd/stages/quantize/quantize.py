@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,8 +17,11 @@ from edgekd.core.artifact import File, OnnxModel
 from edgekd.core.errors import ConfigError, ModelError
 from edgekd.core.onnx_facts import Exported
 from edgekd.core.target import Dialect
+from edgekd.stages.quantize.bias import corrected
 from edgekd.stages.quantize.calibrate import load_calibration
 from edgekd.stages.quantize.explicit import explicit
+from edgekd.stages.quantize.floats import shield, staying
+from edgekd.stages.quantize.preparation import dialect_for, prepare, prepare_file
 from edgekd.stages.quantize.ranges import (
     QuantizeConfig,
     Ranges,
@@ -26,6 +29,7 @@ from edgekd.stages.quantize.ranges import (
     calibrate,
     candidates,
     check_batches,
+    completed,
     prepared,
     quantizable,
 )
@@ -48,15 +52,28 @@ def quantize(out: Path, model: Exported, images: File, dialect: Dialect, config:
     Raises ModelError if the files cannot be quantized, DataError if the calibration images do not fit.
     """
     inputs = load_calibration(images.path, model.single.input)  # below: tensors may be constants in the other file
-    return quantize_with(out, model, images, dialect, settled(model.dynamic.file.path, inputs, dialect, config))
+    dialect = dialect_for(dialect, config)
+    with TemporaryDirectory(prefix="edgekd-") as folder:
+        suited = prepare(Path(folder), model, images, config) if config.rescales else model
+        ranges = settled(suited.dynamic.file.path, inputs, dialect, config)
+        return quantize_with(out, suited, images, dialect, ranges, config.floats, config.correct_bias)
 
 
-def quantize_with(out: Path, model: Exported, images: File, dialect: Dialect, ranges: Ranges) -> Exported:
-    """Both files of `model` in INT8; `ranges` serve all dialects. Raises as `quantize` does."""
+def quantize_with(
+    out: Path,
+    model: Exported,
+    images: File,
+    dialect: Dialect,
+    ranges: Ranges,
+    floats: Collection[str] = (),
+    correct_bias: bool = False,
+) -> Exported:
+    """Both files of `model` in INT8 but for the layers `floats`; `ranges` serve all dialects. Raises as `quantize`."""
     inputs = load_calibration(images.path, model.single.input)
     name = f"{model.single.name}-int8"
-    single = convert(model.single.file.path, out / f"{name}.onnx", inputs, dialect, ranges)
-    dynamic = convert(model.dynamic.file.path, out / f"{name}-dynamic.onnx", inputs, dialect, ranges, single.macs)
+    one, many = out / f"{name}.onnx", out / f"{name}-dynamic.onnx"
+    single = convert(model.single.file.path, one, inputs, dialect, ranges, None, floats, correct_bias)
+    dynamic = convert(model.dynamic.file.path, many, inputs, dialect, ranges, single.macs, floats, correct_bias)
     return Exported(single, dynamic)
 
 
@@ -68,10 +85,13 @@ def quantize_file(model: Path, target: Path, inputs: np.ndarray, dialect: Dialec
     """
     if target.exists() and model.exists() and target.samefile(model):
         raise ConfigError(f"`{target}` would take the place of its own FP32 file", hint="name another file to write")
-    ranges = settled(model, inputs, dialect, config)
+    dialect = dialect_for(dialect, config)
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".edgekd-", dir=target.parent) as folder:  # beside it: a rename, not a copy
-        made = convert(model, Path(folder, target.name), inputs, dialect, ranges)
+        source = prepare_file(model, Path(folder, "fp32", model.name), inputs, config) if config.rescales else model
+        ranges = settled(source, inputs, dialect, config)
+        kept = (config.floats, config.correct_bias)
+        made = convert(source, Path(folder, target.name), inputs, dialect, ranges, None, *kept)
         made.file.path.replace(target)
     return replace(made, file=File.of(target))
 
@@ -98,7 +118,7 @@ def settled(path: Path, inputs: np.ndarray, dialect: Dialect, config: QuantizeCo
 
     def grade(ranges: Ranges) -> float:
         with TemporaryDirectory(prefix="edgekd-") as folder:
-            made = convert(path, Path(folder, "int8.onnx"), held, in_pairs(dialect), ranges)
+            made = convert(path, Path(folder, "int8.onnx"), held, in_pairs(dialect), ranges, floats=config.floats)
             return ratio_db(want, onnx_facts.answers(made.file.path, held))
 
     chosen = best(found, grade)
@@ -119,11 +139,19 @@ def ratio_db(want: np.ndarray, got: np.ndarray) -> float:
 
 
 def convert(
-    path: Path, target: Path, inputs: np.ndarray, dialect: Dialect, ranges: Ranges, macs: int | None = None
+    path: Path,
+    target: Path,
+    inputs: np.ndarray,
+    dialect: Dialect,
+    ranges: Ranges,
+    macs: int | None = None,
+    floats: Collection[str] = (),
+    correct_bias: bool = False,
 ) -> OnnxModel:
     """Write `path` in INT8 to `target` and try it on `inputs`. Opset, IR version and metadata stay as they are.
 
-    `macs` are needed where the file computes with its batch size, so that they cannot be counted.
+    `macs` are needed where the file computes with its batch size, so that they cannot be counted. `floats` are the
+    layers that stay float, as `floats.chosen` reads them. With `correct_bias`, `inputs` must be calibration inputs.
     """
     import onnx
 
@@ -134,12 +162,19 @@ def convert(
             hint="write its calibration cache, `edgekd quantize --dialect dla`",
         )
     original = onnx.load(str(path), load_external_data=False)
-    bounds = ranges.serving(dialect.symmetric_activation)
-    try:
+    model = prepared(path)
+    bounds = completed(ranges.serving(dialect.symmetric_activation), model.graph)
+    kept = staying(model.graph, floats, adds=dialect.form == "pairs")
+
+    def rounded(network: onnx.ModelProto) -> onnx.ModelProto:
         if dialect.form == "pairs":
-            made = explicit(prepared(path), bounds, dialect.per_channel)
-        else:
-            made = integers(prepared(path), bounds, dialect)
+            return explicit(network, bounds, dialect.per_channel, kept)
+        return integers(network, bounds, dialect, kept)
+
+    try:
+        made = rounded(model)
+        if correct_bias:
+            made = rounded(corrected(prepared(path), made, inputs))
     except ValueError as error:
         writer = "edgekd" if dialect.form == "pairs" else "onnxruntime"
         raise ModelError(f"{writer} cannot quantize `{path}`: {error}", hint="calibrate this very file") from error
@@ -149,13 +184,24 @@ def convert(
     return onnx_facts.described(target, target.stem, macs)
 
 
-def integers(model: onnx.ModelProto, bounds: Mapping[str, tuple[float, float]], dialect: Dialect) -> onnx.ModelProto:
-    """`model` as onnxruntime executes it fastest. Raises ValueError if a tensor has no range."""
+def integers(
+    model: onnx.ModelProto,
+    bounds: Mapping[str, tuple[float, float]],
+    dialect: Dialect,
+    kept: Collection[str] = (),
+) -> onnx.ModelProto:
+    """`model` as onnxruntime executes it fastest, but for operators with an output in `kept`, which stay float.
+
+    Raises ValueError if a tensor has no range.
+    """
     from onnxruntime.quantization import QDQQuantizer, QuantType, TensorData, TensorsData
     from onnxruntime.quantization.calibrate import CalibrationMethod
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
     known = {n: TensorData(lowest=np.float32(a), highest=np.float32(b)) for n, (a, b) in bounds.items()}
+    floating = [node for node in model.graph.node if node.output[0] in kept]
+    for node in floating:  # the quantizer takes names, and some exporters give none
+        node.name = node.name or node.output[0]
     quantizer = QDQQuantizer(
         model,
         dialect.per_channel,
@@ -164,13 +210,14 @@ def integers(model: onnx.ModelProto, bounds: Mapping[str, tuple[float, float]], 
         QuantType.QInt8 if dialect.activation == "int8" else QuantType.QUInt8,
         TensorsData(CalibrationMethod.MinMax, known),
         nodes_to_quantize=[],
-        nodes_to_exclude=[],
+        nodes_to_exclude=[node.name for node in floating],
         op_types_to_quantize=sorted({*QLinearOpsRegistry, *QDQRegistry} - FLOAT),
         extra_options={"ActivationSymmetric": dialect.symmetric_activation, "WeightSymmetric": True},
     )
     quantizer.quantize_model()
     quantizer.model.topological_sort()  # new nodes were appended at the end
     made: onnx.ModelProto = quantizer.model.model
+    shield(made.graph, kept)
     return made
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 LOWEST_OPSET = 13  # Q/DQ with a scale per channel
 Bounds: TypeAlias = tuple[float, float]
+RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity")  # the same numbers
 METHODS = ("minmax", "moving_average", "percentile", "entropy", "mse")  # the first of equals is chosen
 
 
@@ -36,10 +37,32 @@ class QuantizeConfig(Settings):
 
     method: Literal["minmax", "moving_average", "percentile", "entropy", "mse", "auto"] = "minmax"
     percentile: float = 99.99  # share of the values that `percentile` keeps
+    floats: tuple[str, ...] = ()  # layers that stay float: their names, or `first` and `last`
+    # what INT8 may lose on validation images, in points of accuracy: layers are left float until it loses no more;
+    # null: no limit. A lesson that asks about INT8 files takes no notice of it
+    max_drop: float | None = field(default=None, metadata=STORY)
+    equalize: bool = False  # scale channels between layers until the weights on both sides have equal ranges
+    smooth: float = 0.0  # SmoothQuant's alpha, how much of the activations' outliers weights take over; 0: none
+    correct_bias: bool = False  # take the mean error of rounded weights off the biases
+    per_channel: bool | None = None  # a scale for each output channel of a weight, or one for all; null: as the target
 
     def __post_init__(self) -> None:
+        if self.max_drop is not None and not 0 <= self.max_drop < 100:
+            raise ConfigError(f"max_drop is {self.max_drop}", hint="use points of accuracy, such as 0.5")
         if not 50 < self.percentile <= 100:
             raise ConfigError(f"percentile is {self.percentile}", hint="use a percentage above 50, such as 99.99")
+        if not 0 <= self.smooth < 1:
+            raise ConfigError(f"smooth is {self.smooth}", hint="use a share from 0 to below 1; 0.5 is usual")
+
+    @property
+    def rescales(self) -> bool:
+        """Whether channels are scaled before ranges are found."""
+        return self.equalize or self.smooth > 0
+
+    @property
+    def changes(self) -> bool:
+        """Whether INT8 files are made of other numbers than those of the FP32 file."""
+        return self.rescales or self.correct_bias
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -227,6 +250,17 @@ def best(found: Mapping[str, Ranges], grade: Callable[[Ranges], float]) -> Range
         return next(iter(found.values()))
     grades = {method: grade(ranges) for method, ranges in found.items()}
     return replace(found[max(grades, key=lambda method: grades[method])], tried=grades)
+
+
+def completed(bounds: Mapping[str, Bounds], graph: onnx.GraphProto) -> dict[str, Bounds]:
+    """With bounds for the tensors that hold the numbers of another: a fixed batch has some that a dynamic one lacks."""
+    found = dict(bounds)
+    for node in (*graph.node, *reversed(graph.node)):
+        if node.op_type in RESHAPES:
+            for known, other in (node.input[0], node.output[0]), (node.output[0], node.input[0]):
+                if known in found:
+                    found.setdefault(other, found[known])
+    return found
 
 
 def quantizable(path: Path) -> OnnxFacts:

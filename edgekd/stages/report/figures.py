@@ -15,6 +15,7 @@ PERCENT = {
     "agreement": ("agreement", "% with its FP32 form"),
     "delta1": ("delta1", "% of pixels within a factor of 1.25"),
 }
+RATES = {"images_per_s": ("images", "per second"), "late_percent": ("begun late", "% of calls")}
 SCORES = ("top1", "delta1")  # of which one is the accuracy of a task
 TIMES = " times "  # in a verdict that says by how much: "4.1 times faster (4.0-4.2)"
 BEST: dict[str, Callable[..., float]] = {
@@ -25,6 +26,8 @@ BEST: dict[str, Callable[..., float]] = {
     "p50_ms": min,
     "p90_ms": min,
     "p99_ms": min,
+    "images_per_s": max,
+    "memory_mb": min,
 }
 
 
@@ -68,8 +71,9 @@ def table(bench: BenchResult, percent: Callable[[float], str]) -> tuple[list[tup
     add("parameters", "parameters", "", [m.contestant.parameters for m in bench.measurements], words.count)
     add("macs", "MACs", "per image", [m.contestant.macs for m in bench.measurements], words.count)
     for name in others:
-        unit = {"_ms": "ms", "_mj": "mJ"}.get(name[-3:], "")
+        unit = {"_ms": "ms", "_mj": "mJ", "_mb": "MB"}.get(name[-3:], "")
         head = (name[:-3] if unit else name).replace("_", " ")
+        head, unit = RATES.get(name, (head, unit))
         add(name, head, unit, readings(name), words.figures if unit else words.setting)
     add("speedup", "speed-up", "teacher = 1, 95 % interval", [compared(m) for m in bench.measurements], str)
     return heads, [list(row) for row in zip(*columns, strict=True)]

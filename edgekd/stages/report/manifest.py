@@ -90,7 +90,7 @@ def provenance(record: Record) -> dict[str, Any]:
         "students": {w.name: w.file.sha256 for w in record.students},
         "models": {f"{m.name} {m.precision}": m.file.sha256 for m in record.models},
         "measured": {
-            bench.target: {
+            " ".join(filter(None, (bench.target, bench.scenario))): {
                 "machine": plain.dump(bench.machine),
                 "runtime": plain.dump(bench.runtime),
                 "samples": bench.samples.sha256 if bench.samples else None,

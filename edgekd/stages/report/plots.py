@@ -181,6 +181,47 @@ def grouped(epoch: EpochRecord) -> dict[str, float]:
     return sums
 
 
+def frontier(
+    title: str,
+    axis: str,
+    height: str,
+    dots: Sequence[tuple[float, float, bool, str]],
+    fp32: tuple[float, float],
+    max_drop: float | None,
+) -> str:
+    """Mixes of INT8 and float layers: dots (x, accuracy, whether it was chosen, label), and the float file.
+
+    A line joins those that no other beats in both; `max_drop` draws the limit, so many points below the float file.
+    """
+    with canvas(title, 3.2) as (axes, drawn):
+        axes.set(xlabel=axis, ylabel=height)
+        edge: list[tuple[float, float]] = []  # nothing that is cheaper is as accurate
+        for x, y, *_ in sorted(dots, key=lambda dot: (dot[0], -dot[1])):
+            if not edge or y > edge[-1][1]:
+                edge.append((x, y))
+        axes.plot(*zip(*edge, strict=True), color=COLOURS["mute"], lw=0.8)
+        for x, y, chosen, name in dots:
+            look: dict[str, Any] = {"fillstyle": "full" if chosen else "none", "color": COLOURS["c1"]}
+            axes.plot([x], [y], marker="o", ms=9 if chosen else 6, mew=1.5, ls="none", clip_on=False, **look)
+            if chosen or (x, y) in edge:
+                axes.annotate(name, (x, y), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+        axes.plot(*([v] for v in fp32), marker="s", ms=7, color=COLOURS["c3"], ls="none", clip_on=False)
+        axes.annotate("FP32", fp32, (0, -13), textcoords="offset points", ha="center", fontsize=8)
+        if max_drop is not None:
+            axes.axhline(fp32[1] - max_drop, color=COLOURS["c2"], lw=0.9, ls="--")
+        axes.margins(0.08, 0.15)
+    return drawn[0]
+
+
+def page(svg: str) -> str:
+    """An inline drawing as a file of its own, in the report's light colours."""
+    colours = ("#1b2126", "#5c6770", "#dde1e5", "#1f7a5a", "#b0601a", "#4667a8", "#8a4a94", "#6d6a1c")
+    own = "".join(f"--{name}: {colour}; " for name, colour in zip(COLOURS, colours, strict=True))
+    style = f"<style>:root {{ {own}background: #fff; font-family: sans-serif }}</style>"
+    head, _, rest = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).partition(">")
+    return f"{head}>{style}{rest}"
+
+
 def log_ticks(axes: Axes) -> None:
     """Round numbers on a logarithmic x axis, at least three if they can be had, never powers of ten alone."""
     from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator

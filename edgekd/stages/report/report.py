@@ -17,9 +17,10 @@ import numpy as np
 from edgekd.core import plain
 from edgekd.core.artifact import File, Precision, Weights
 from edgekd.core.errors import ConfigError
+from edgekd.core.mix import Frontier
 from edgekd.core.record import Record
 from edgekd.core.trial import BenchResult, Measurement
-from edgekd.stages.report import plots, words
+from edgekd.stages.report import frontier, plots, words
 from edgekd.stages.report.figures import PERCENT, SCORES, Remembered, difference, scored, size, table, where
 
 SCHEMA = 1  # of report.json; raise it when an old file can no longer be read
@@ -104,7 +105,7 @@ def all_files(record: Record) -> list[tuple[File, str]]:
     for bench in record.benches:
         found += [(m.contestant.file, f"ONNX model {m.contestant.name}") for m in bench.measurements]
         if bench.samples:
-            found.append((bench.samples, f"raw latency samples on {bench.target}"))
+            found.append((bench.samples, f"raw latency samples on {bench.title}"))
     unique = {file.sha256: (file, what) for file, what in reversed(found)}
     return [unique[sha256] for sha256 in dict.fromkeys(file.sha256 for file, _ in found)]
 
@@ -131,6 +132,7 @@ def render(template: str, record: Record, files: list[dict[str, Any]]) -> str:
     environment.filters |= {show.__name__: show for show in filters}
     environment.filters |= {"percent": percent, "points": partial(words.points, images=images)}
     environment.globals |= {"size": size, "table": partial(table, percent=percent), "where": where}
+    environment.globals |= {"frontier": frontier, "frontier_plot": frontier_plot}
     environment.globals |= {"draw": draw, "curve": curve, "difference": difference, "best": best}
     key = score(record)
     low = head.ship.contestant.precision.upper() if head else "INT8"
@@ -143,7 +145,7 @@ def render(template: str, record: Record, files: list[dict[str, Any]]) -> str:
 def headline(record: Record) -> Headline | None:
     """None if no student was measured anywhere."""
     for bench in record.benches:
-        for m in best(bench)[:1]:
+        for m in () if bench.scenario else best(bench)[:1]:
             made = next((o for o in record.models if o.file.sha256 == m.contestant.file.sha256), m.contestant)
             return Headline(
                 bench,
@@ -204,10 +206,12 @@ def draw(bench: BenchResult) -> Iterator[tuple[str, str]]:
     key = scored(bench)
     known = [m for m in bench.measurements if key in m.readings and "p50_ms" in m.readings]
     if known:
-        svg = plots.accuracy_against_latency(f"Accuracy against latency on {bench.target}", known, key, PERCENT[key][0])
+        svg = plots.accuracy_against_latency(f"Accuracy against latency on {bench.title}", known, key, PERCENT[key][0])
         there = {m.contestant.precision for m in known}
         fills = "; ".join(f"{how}: {p.upper()}" for p, (how, _) in plots.FILLS.items() if p in there)
         yield markupsafe.Markup(svg), f"Square: teacher; circle: student; triangle: baseline; {fills}."
+    if bench.scenario and not any("p50_ms" in m.readings for m in bench.measurements):
+        return  # its samples, if it has any, are not of calls
     if bench.samples is None or not bench.samples.path.exists():
         yield "", "The raw latency samples are not here, so their distribution is not drawn."
         return
@@ -215,7 +219,7 @@ def draw(bench: BenchResult) -> Iterator[tuple[str, str]]:
     with np.load(file.path) as raw:
         names = [str(name) for name in raw["names"]]
         ms = [raw["ns"][raw["model"] == index] / 1e6 for index in range(len(names))]
-    svg = plots.latency_distributions(f"Latency of every call on {bench.target}", names, ms)
+    svg = plots.latency_distributions(f"Latency of every call on {bench.title}", names, ms)
     calls = " to ".join(f"{n:,}" for n in sorted({min(map(len, ms)), max(map(len, ms))}))
     yield (
         markupsafe.Markup(svg),
@@ -229,3 +233,9 @@ def curve(weights: Weights) -> str:
     if not any(phase.curve for phase in weights.phases):
         return ""
     return markupsafe.Markup(plots.training_curve(f"Training loss of {weights.name}, {weights.method}", weights))
+
+
+def frontier_plot(found: Frontier) -> str:
+    import markupsafe
+
+    return markupsafe.Markup(frontier.drawn(found))

@@ -14,7 +14,8 @@ from edgekd.core.files import save_array
 from edgekd.core.method import Blueprint
 from edgekd.core.target import Target
 from edgekd.metrics._percentile import nearest_rank
-from edgekd.stages.bench.benchmark import BenchConfig, job, nanoseconds, run
+from edgekd.stages.bench.benchmark import BenchConfig
+from edgekd.stages.bench.runner import job, nanoseconds, run
 from edgekd.stages.export.export import ExportConfig, export
 from edgekd.stages.quantize import blueprint
 from edgekd.stages.quantize.calibrate import CalibrationSet, load_calibration

@@ -1,0 +1,139 @@
+"""Which layers stay float, so that INT8 loses no more than a limit: edgekd's choice beside NNCF's accuracy control.
+
+    python benchmarks/accuracy_control.py student.onnx --calib images.npz --valid valid.npz --valid-labels valid.npy \\
+        --inputs inputs.npy --labels labels.npy --max-drop 0.5
+
+Both get the same FP32 file (batch 1), calibration and validation images and limit, in points of top-1; both judge by
+the validation images alone. Then plain INT8 and the files that came of it take turns in OpenVINO, with the test images
+(`--inputs`), one thread. NNCF works on OpenVINO's form of the file (`quantize_with_accuracy_control`, its defaults but
+for the limit and as many calibration images) and judges by OpenVINO's answers, edgekd by ONNX Runtime's. Needs
+`pip install nncf` beside the extra `openvino`. Quote ratios of one run only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekd.core import onnx_facts, plain
+from edgekd.core.artifact import File, Precision
+from edgekd.core.trial import Contestant
+from edgekd.stages.bench.benchmark import BenchConfig, benchmark
+from edgekd.stages.bench.compare import table
+from edgekd.stages.quantize.calibrate import load_calibration
+from edgekd.stages.quantize.floats import layers
+from edgekd.stages.quantize.mix import frontier
+from edgekd.stages.quantize.preparation import dialect_for
+from edgekd.stages.quantize.ranges import QuantizeConfig, calibrate, prepared
+from edgekd.stages.quantize.sensitivity import Exam, Subject
+from edgekd.stages.report.frontier import text
+from edgekd.targets.openvino import OpenVino
+
+METRICS = ("top1", "agreement", "p50_ms")
+WEIGHTED = ("Convolution", "GroupConvolution", "MatMul")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="FP32 ONNX file with a batch of 1")
+    for name in ("calib", "valid", "valid-labels", "inputs", "labels"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--max-drop", type=float, default=0.5)
+    parser.add_argument("--per-tensor", action="store_true", help="edgekd: one scale for each weight; harder")
+    parser.add_argument("--out", type=Path, default=Path("runs/accuracy_control"))
+    parser.add_argument("--blocks", type=int, default=30)
+    asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    spec = onnx_facts.facts(asked.model).input
+    known, valid = load_calibration(asked.calib, spec), load_calibration(asked.valid, spec)
+    truth = np.load(asked.valid_labels)
+    forms: dict[str, Path] = {"fp32": asked.model}
+    kept: dict[str, Any] = {"load": os.getloadavg(), "max_drop": asked.max_drop}
+    for name, make in (("edgekd", by_edgekd), ("nncf", by_nncf)):
+        start = time.perf_counter()
+        files, floats, total = make(asked, known, valid, truth)
+        forms |= files
+        kept[name] = {"seconds": time.perf_counter() - start, "float": floats, "layers": total}
+        print(f"{name}: {kept[name]['seconds']:.0f} s, {len(floats)} of {total} layers in float: {', '.join(floats)}")
+    config, test = BenchConfig(blocks=asked.blocks, metrics=METRICS), (File.of(asked.inputs), File.of(asked.labels))
+    who = tuple(contestant(name, path, asked.model) for name, path in forms.items())
+    result = benchmark(asked.out / "openvino", who, "openvino", OpenVino(), *test, "fp32", config)
+    print(f"\n{table(result)}", flush=True)
+    kept["openvino"] = plain.dump(result)
+    (asked.out / "accuracy_control.json").write_text(json.dumps(kept, indent=2))
+
+
+def by_edgekd(
+    asked: argparse.Namespace, known: np.ndarray, valid: np.ndarray, truth: np.ndarray
+) -> tuple[dict[str, Path], tuple[str, ...], int]:
+    """Plain INT8 and the mix for OpenVINO, and the layers that the mix has in float."""
+    config = QuantizeConfig(per_channel=False if asked.per_tensor else None)
+    target, model = OpenVino(), asked.model
+    dialect = dialect_for(target.dialect, config)
+    made = onnx_facts.described(model, model.stem)
+    subject = Subject(model, model, known, dialect, calibrate(model, known, config), made.macs)
+    exam = Exam.of(model, valid, truth)
+    found = frontier(asked.out / "edgekd", subject, exam, model.name, "openvino", target, asked.max_drop, whole=False)
+    print(text(found))
+    files = {"edgekd plain int8": (), "edgekd mix int8": found.mix.floats}
+    paths = {name: asked.out / f"{name.replace(' ', '-')}.onnx" for name in files}
+    for name, floats in files.items():
+        subject.write(model, paths[name], floats)
+    return paths, found.mix.floats, len(layers(prepared(model).graph))
+
+
+def by_nncf(
+    asked: argparse.Namespace, known: np.ndarray, valid: np.ndarray, truth: np.ndarray
+) -> tuple[dict[str, Path], tuple[str, ...], int]:
+    """The same with NNCF, on OpenVINO's form of the file."""
+    os.environ["NNCF_CI"] = "1"  # NNCF and OpenVINO tell their maker of every use, otherwise
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    import nncf
+    import openvino
+
+    network = openvino.Core().read_model(asked.model)
+
+    def top1(compiled: Any, judged: Iterable[Any]) -> tuple[float, list[float]]:
+        running = compiled.create_infer_request()
+        right = [float(running.infer({0: image})[0].argmax() == label) for image, label in judged]
+        return float(np.mean(right)), right
+
+    judged = nncf.Dataset([(valid[i : i + 1], truth[i]) for i in range(len(valid))], lambda pair: pair[0])
+    calib = nncf.Dataset([known[i : i + 1] for i in range(len(known))])
+    made = {
+        "nncf plain int8": nncf.quantize(network, calib, subset_size=len(known)),
+        "nncf control int8": nncf.quantize_with_accuracy_control(
+            network, calib, judged, top1, max_drop=asked.max_drop / 100, subset_size=len(known)
+        ),
+    }
+    paths = {name: asked.out / f"{name.replace(' ', '-')}.xml" for name in made}
+    for name, path in paths.items():
+        openvino.save_model(made[name], path, compress_to_fp16=False)
+    weighted = [op for op in made["nncf control int8"].get_ops() if op.get_type_name() in WEIGHTED]
+    return paths, tuple(op.get_friendly_name() for op in weighted if float_weight(op)), len(weighted)
+
+
+def float_weight(op: Any) -> bool:
+    """Whether a weight is a constant as it is, and not what a FakeQuantize or a dequantization makes of one."""
+    source = op.input_value(1).get_node()
+    while source.get_type_name() in ("Reshape", "Transpose"):
+        source = source.input_value(0).get_node()
+    return bool(source.get_type_name() == "Constant")
+
+
+def contestant(name: str, path: Path, model: Path) -> Contestant:
+    found = onnx_facts.facts(model)
+    precision: Precision = "fp32" if path == model else "int8"
+    return Contestant(name, "student", "", precision, File.of(path), found.macs or 0, found.parameters)
+
+
+if __name__ == "__main__":
+    main()

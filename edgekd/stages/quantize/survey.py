@@ -1,0 +1,59 @@
+"""Survey: the sensitivity of an ONNX file of any origin, and the mixes of INT8 and float layers that it allows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from edgekd.core import onnx_facts, plain, plugins
+from edgekd.core.artifact import OnnxModel
+from edgekd.core.errors import ConfigError
+from edgekd.core.mix import Frontier
+from edgekd.core.target import Target
+from edgekd.stages.bench.compare import contestant, given, true_classes
+from edgekd.stages.quantize.calibrate import load_calibration
+from edgekd.stages.quantize.mix import frontier
+from edgekd.stages.quantize.quantize import settled
+from edgekd.stages.quantize.ranges import QuantizeConfig
+from edgekd.stages.quantize.sensitivity import RANKED, Exam, Subject
+from edgekd.stages.report import plots
+from edgekd.stages.report.frontier import drawn, markdown
+
+
+def survey(
+    out: Path, model: Path, calib: Path, images: Path, labels: Path, target_name: str, max_drop: float | None
+) -> Frontier:
+    """Rank the layers of the FP32 file `model`, and find the cheapest mix within the limit, if there is one.
+
+    At most RANKED of the `images`, network inputs (N, C, H, W), are looked at, spread evenly; `labels` are their
+    classes. `out` gets sensitivity.json, .md and .svg, and samples. Raises ConfigError, DataError and ModelError for
+    files that do not go together or cannot be quantized.
+    """
+    target: Target = plugins.load("targets", target_name)()
+    if target.dialect.form == "cache":
+        raise ConfigError(f"INT8 for `{target_name}` is no ONNX file", hint="name a target that runs Q/DQ nodes: cpu")
+    config = QuantizeConfig(max_drop=max_drop)
+    found = onnx_facts.facts(model)
+    out.mkdir(parents=True, exist_ok=True)
+    inputs = given(out, images, found.input)
+    truth = true_classes(labels, inputs, (contestant(model, model.name),))
+    known = load_calibration(calib, found.input)
+    ranges = settled(model, known, target.dialect, config)
+    made: OnnxModel = onnx_facts.described(model, model.stem)
+    subject = Subject(model, model, known, target.dialect, ranges, made.macs)
+    exam = Exam.of(model, *some(inputs.path, truth.path, found.input.shape[0] or 1))
+    told = frontier(out, subject, exam, model.name, target_name, target, max_drop, whole=True)
+    (out / "sensitivity.json").write_text(json.dumps(plain.dump(told), indent=2) + "\n")
+    (out / "sensitivity.md").write_text(markdown(told, "sensitivity.svg"), encoding="utf-8")
+    (out / "sensitivity.svg").write_text(plots.page(drawn(told)), encoding="utf-8")
+    return told
+
+
+def some(images: Path, labels: Path, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """At most RANKED of them, spread evenly, for files are often sorted by class; whole batches."""
+    every = np.load(images, mmap_mode="r")
+    picks = np.unique(np.linspace(0, len(every) - 1, RANKED).astype(np.int64))
+    picks = picks[: len(picks) // batch * batch]
+    return every[picks], np.load(labels)[picks]

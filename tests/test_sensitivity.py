@@ -1,0 +1,459 @@
+"""Layers kept float: which ones INT8 harms, what stays float with them, and the cheapest mix within a limit."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from edgekd.cli import app
+from edgekd.configuration import configured
+from edgekd.core import onnx_facts, plain
+from edgekd.core.artifact import File
+from edgekd.core.dialects import DIALECTS
+from edgekd.core.errors import ConfigError, ModelError
+from edgekd.core.mix import Frontier, Layer, Marks, Mix
+from edgekd.core.trial import Interval, Trial
+from edgekd.stages.export.export import ExportConfig, export
+from edgekd.stages.quantize.cache import cache_file
+from edgekd.stages.quantize.floats import chosen, layers, staying
+from edgekd.stages.quantize.mix import cheapest, mixed, unmet, worth
+from edgekd.stages.quantize.preparation import dialect_for
+from edgekd.stages.quantize.quantize import convert, quantize, quantize_file
+from edgekd.stages.quantize.ranges import QuantizeConfig, calibrate, prepared
+from edgekd.stages.quantize.sensitivity import Exam, Subject, drop, ranked
+from edgekd.stages.report import frontier as told
+from edgekd.targets.cpu import Cpu
+from edgekd.targets.jetson import Jetson
+from tests.test_report import EVIL, record  # noqa: F401  (a fixture)
+from tests.zoo import Staged, Toy, blobs_task
+
+TENSOR = dataclasses.replace(DIALECTS["ort-x86"], per_channel=False)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return blobs_task(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def student(task, tmp_path_factory):
+    """A toy that knows its task, whose second layer INT8 ruins if it has one scale; its calibration file and inputs.
+
+    A channel that is always 0 meets weights there that are a 1000 times larger than all others.
+    """
+    torch.manual_seed(0)
+    out = tmp_path_factory.mktemp("student")
+    train = task.train.load()
+    x, y = torch.from_numpy(task.inputs(np.asarray(train.images))), torch.from_numpy(train.labels)
+    network = Toy()
+    nn.init.zeros_(network.stage1[1].weight[:1])
+    optimiser = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
+    for _ in range(40):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(network(x), y).backward()
+        optimiser.step()
+    network.eval().stage2[0].weight.data[:, 0] = 1000 * network.stage2[0].weight.abs().max()
+    np.savez(out / "calib.npz", image=x.numpy())
+    made = export(out, "student", network, x.numpy()[:8], (3,), ExportConfig())
+    return made, File.of(out / "calib.npz"), x.numpy()
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory):
+    torch.manual_seed(0)
+    x = np.random.default_rng(0).standard_normal((16, 1, 8, 8)).astype(np.float32)
+    return export(tmp_path_factory.mktemp("staged"), "staged", Staged().eval(), x, (3,), ExportConfig()), x
+
+
+def subject(student, dialect=TENSOR, base=()):
+    made, _, known = student
+    ranges = calibrate(made.dynamic.file.path, known, QuantizeConfig())
+    return Subject(made.dynamic.file.path, made.single.file.path, known, dialect, ranges, made.single.macs, base)
+
+
+def an_exam(student, task):
+    valid = task.valid.load()
+    return Exam.of(student[0].dynamic.file.path, task.inputs(np.asarray(valid.images)), valid.labels)
+
+
+def graph_of(path):
+    graph = onnx.load(path).graph
+    return graph, {name: node for node in graph.node for name in node.output}
+
+
+def around(path, layer, fp32):
+    """Operators before and behind the weighted node of a layer, and what its weight comes from."""
+    graph, makers = graph_of(path)
+    output = layers(prepared(fp32).graph)[layer].output[0]
+    (node,) = (n for n in graph.node if n.op_type in ("Conv", "Gemm") and n.name == known_name(fp32, layer))
+    readers = [n.op_type for n in graph.node if node.output[0] in n.input]
+    sources = [makers[name].op_type if name in makers else "" for name in node.input[:2]]
+    return sources, readers, output
+
+
+def known_name(fp32, layer):
+    return layers(prepared(fp32).graph)[layer].name  # of the node
+
+
+# what a layer is called
+
+
+@pytest.mark.parametrize("opset", [17, 20])
+def test_a_layer_has_one_name_whichever_exporter_wrote_it_and_for_any_batch(staged, tmp_path, opset):
+    torch.manual_seed(0)
+    made = export(tmp_path, "x", Staged().eval(), staged[1][:2], (3,), ExportConfig(opset=opset))
+    for model in (made.single, made.dynamic):
+        names = list(layers(prepared(model.file.path).graph))
+        assert names[:2] == ["stem.0", "stage1.0.branch.0"] and names[-1] == "head" and len(names) == 8
+
+
+def test_a_layer_is_found_by_its_name_its_node_its_output_and_by_the_words(staged):
+    graph = prepared(staged[0].single.file.path).graph
+    stem = layers(graph)["stem.0"]
+    found = [chosen(graph, [name]) for name in ("first", "stem.0", stem.name, stem.output[0])]
+    assert found == [{stem.output[0]}] * 4
+    assert chosen(graph, ["last"]) == {layers(graph)["head"].output[0]}
+
+
+def test_a_name_that_is_none_gets_the_nearest_one_as_a_hint(staged, tmp_path):
+    single, x = staged[0].single.file.path, staged[1]
+    with pytest.raises(ConfigError, match=r"no layer is called `stem.1`") as caught:
+        quantize_file(single, tmp_path / "x.onnx", x, DIALECTS["ort-x86"], QuantizeConfig(floats=("stem.1",)))
+    assert "did you mean `stem.0`?" in caught.value.hint and not (tmp_path / "x.onnx").exists()
+
+
+def test_all_layers_in_float_is_refused(staged):
+    graph = prepared(staged[0].single.file.path).graph
+    with pytest.raises(ConfigError, match="all 8 layers are to stay float"):
+        chosen(graph, tuple(layers(graph)))
+
+
+def test_a_limit_that_is_no_share_of_images_is_refused():
+    for value in (-0.1, 100.0, float("nan")):
+        with pytest.raises(ConfigError, match="max_drop is"):
+            QuantizeConfig(max_drop=value)
+
+
+# what stays float with it
+
+
+def test_integers_leave_no_pair_around_a_float_layer_that_can_do_without(staged, tmp_path):
+    made, x = staged
+    path = made.single.file.path
+    ranges = calibrate(made.dynamic.file.path, x, QuantizeConfig())
+    file = tmp_path / "x.onnx"
+    convert(path, file, x, DIALECTS["ort-x86"], ranges, floats=("first", "last"))
+    assert around(file, "stem.0", path)[:2] == (["", ""], ["Relu"])  # image and weight as they are; one kernel with it
+    sources, readers, output = around(file, "head", path)
+    assert sources == ["ReduceMean", ""] and not readers and output == "logits"
+    full = onnx_facts.facts(convert(path, tmp_path / "y.onnx", x, DIALECTS["ort-x86"], ranges).file.path).nodes
+    assert onnx_facts.facts(file).nodes["QuantizeLinear"] < full["QuantizeLinear"]
+
+
+def test_a_float_layer_between_integers_is_float_in_the_runtime_too(staged, tmp_path):
+    """onnxruntime quantizes a float weight between a DequantizeLinear and a QuantizeLinear by itself."""
+    import onnxruntime as ort
+
+    made, x = staged
+    ranges = calibrate(made.dynamic.file.path, x, QuantizeConfig())
+    counts = []
+    for floats in ((), ("stage1.1.branch.0",), ("stage1.1.branch.0", "stage2.0.0")):
+        convert(made.single.file.path, tmp_path / "x.onnx", x, DIALECTS["ort-x86"], ranges, floats=floats)
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        options.log_severity_level = 3
+        ort.InferenceSession(str(tmp_path / "x.onnx"), options, providers=["CPUExecutionProvider"])
+        counts.append(onnx_facts.load(tmp_path / "optimised.onnx").graph.node)
+    found = [sum(n.op_type in ("Conv", "FusedConv") for n in nodes) for nodes in counts]
+    assert found == [0, 1, 2]
+
+
+def test_the_input_of_a_float_layer_has_the_same_numbers_as_for_its_other_readers(staged, tmp_path):
+    made, x = staged
+    ranges = calibrate(made.dynamic.file.path, x, QuantizeConfig())
+    convert(made.single.file.path, tmp_path / "x.onnx", x, DIALECTS["ort-x86"], ranges, floats=("stage1.1.branch.0",))
+    graph, makers = graph_of(tmp_path / "x.onnx")
+    numbers = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    (node,) = (n for n in graph.node if n.name == known_name(made.single.file.path, "stage1.1.branch.0"))
+    own = makers[node.input[0]]
+    other = next(
+        n for n in graph.node if n.op_type == "DequantizeLinear" and n is not own and n.input[0] == own.input[0]
+    )
+    for position in (1, 2):
+        assert set(numbers[own.input[position]].tolist()) == {numbers[other.input[position]].item()}
+    assert [(a.name, a.i) for a in own.attribute] == [("axis", 1)] and numbers[own.input[1]].shape == (4,)
+
+
+def test_pairs_stand_neither_at_a_float_layer_nor_on_the_skip_beside_it(staged, tmp_path):
+    made, x = staged
+    path = made.single.file.path
+    ranges = calibrate(made.dynamic.file.path, x, QuantizeConfig())
+    convert(path, tmp_path / "all.onnx", x, DIALECTS["tensorrt"], ranges)
+    convert(path, tmp_path / "x.onnx", x, DIALECTS["tensorrt"], ranges, floats=("stage1.1.branch.0",))
+    assert around(tmp_path / "x.onnx", "stage1.1.branch.0", path)[0] == ["Add", ""]
+    pairs = [onnx_facts.facts(tmp_path / f"{name}.onnx").nodes["QuantizeLinear"] for name in ("all", "x")]
+    assert pairs[0] - pairs[1] >= 2  # of its weight, and of its input and skip, which are one tensor
+    skipped = [n for n in graph_of(tmp_path / "x.onnx")[0].node if n.op_type == "Add"]
+    assert "DequantizeLinear" not in [graph_of(tmp_path / "x.onnx")[1][name].op_type for name in skipped[1].input]
+
+
+@pytest.mark.parametrize("dialect", ["ort-x86", "tensorrt"])
+def test_a_float_layer_changes_no_range_of_the_others(staged, tmp_path, dialect):
+    """So ranges that training found stay right for the layers that keep them."""
+    made, x = staged
+    ranges = calibrate(made.dynamic.file.path, x, QuantizeConfig())
+    found = []
+    for name, floats in (("all", ()), ("some", ("first", "stage2.0.0"))):
+        convert(made.single.file.path, tmp_path / f"{name}.onnx", x, DIALECTS[dialect], ranges, floats=floats)
+        graph = onnx.load(tmp_path / f"{name}.onnx").graph
+        found.append({t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if t.name.endswith("_scale")})
+    own = {name for name in found[1] if "_float_" in name}  # one scale, for each channel
+    assert len(found[1]) - len(own) < len(found[0]) and found[1].keys() - own <= found[0].keys()
+    assert all(np.array_equal(found[0][name], found[1][name]) for name in found[1].keys() - own)
+
+
+def test_nothing_is_kept_where_nothing_is_asked_for(staged):
+    assert staying(prepared(staged[0].single.file.path).graph, (), adds=True) == set()
+
+
+def test_both_batch_forms_keep_the_same_layers_float(staged, tmp_path):
+    made, x = staged
+    np.savez(tmp_path / "c.npz", image=x)
+    int8 = quantize(
+        tmp_path, made, File.of(tmp_path / "c.npz"), DIALECTS["ort-x86"], QuantizeConfig(floats=("stage2.0.0",))
+    )
+    for form in (int8.single, int8.dynamic):
+        stored = {t.name for t in onnx.load(form.file.path).graph.initializer}
+        assert "stage2.0.0.weight" in stored and "stem.0.weight_quantized" in stored
+
+
+def test_a_calibration_cache_takes_no_float_layers(staged, tmp_path):
+    with pytest.raises(ConfigError, match="TensorRT itself decides which layers of a DLA are float"):
+        dialect_for(DIALECTS["dla"], QuantizeConfig(floats=("first",)))
+    with pytest.raises(ConfigError, match="TensorRT itself decides"):
+        cache_file(
+            staged[0].single.file.path, tmp_path / "x.cache", staged[1], "8.5.2", QuantizeConfig(floats=("first",))
+        )
+
+
+# which layers INT8 harms
+
+
+def test_the_layer_that_was_ruined_by_hand_is_ranked_first(student, task):
+    found = ranked(subject(student), an_exam(student, task), outermost=False)
+    assert found[0].name == "stage2.0" and found[0].alone.snr_db < found[1].alone.snr_db - 6
+    assert {layer.name: layer.macs for layer in found} == {
+        "stage1.0": 64 * 4 * 9,
+        "stage2.0": 16 * 8 * 4 * 9,
+        "stage3.0": 16 * 16 * 8 * 9,
+        "head": 16 * 3,
+    }
+
+
+def test_a_limit_frees_the_ruined_layer_and_no_other(student, task, tmp_path):
+    made, images, _ = student
+    config = QuantizeConfig(per_channel=False)
+    ranges = calibrate(made.dynamic.file.path, student[2], config)
+    found = mixed(tmp_path, made, images, ranges, task, "jetson", Jetson(), config, 4.0)
+    assert found.mixes[0].marks.drop.mid > 4 and found.mix.floats == ("stage2.0",)
+    assert found.mix.marks.drop.mid <= 4 and found.met
+    assert found.unpriced and found.mix.price is None  # there is no Jetson here: priced by MACs
+    assert found.mix.macs == pytest.approx(16 * 8 * 4 * 9 / made.single.macs)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Few timed calls."""
+    from edgekd.stages.bench.benchmark import BenchConfig
+    from edgekd.stages.quantize import mix as module
+
+    few = BenchConfig(blocks=3, calls=8, warmup_s=0.01, metrics=("p50_ms",), sessions=1)
+    monkeypatch.setattr(module, "SINGLES", few)
+    monkeypatch.setattr(module, "MIXES", few)
+
+
+def test_prices_are_measured_where_the_target_is(student, task, tmp_path, quick):
+    made, images, known = student
+    config = QuantizeConfig(per_channel=False)
+    ranges = calibrate(made.dynamic.file.path, known, config)
+    found = mixed(tmp_path, made, images, ranges, task, "cpu", Cpu(), config, 4.0)
+    assert "stage2.0" in found.mix.floats and found.met and not found.unpriced
+    assert all(layer.price.low <= layer.price.mid <= layer.price.high for layer in found.layers)
+    assert (
+        found.mixes[0].price.mid == 1 and found.fp32.mid > 0 and found.machine and found.runtime.name == "onnxruntime"
+    )
+    assert plain.load(Frontier, plain.dump(found)) == found
+    assert (tmp_path / "layers" / "samples.npz").exists() and not list(tmp_path.rglob("*.onnx"))
+
+
+def test_where_the_limit_is_met_already_nothing_is_freed(student, task, tmp_path):
+    made, images, known = student
+    ranges = calibrate(made.dynamic.file.path, known, QuantizeConfig())
+    found = mixed(tmp_path, made, images, ranges, task, "jetson", Jetson(), QuantizeConfig(per_channel=False), 99.0)
+    assert found.mix.floats == () and len(found.mixes) == 1 and not found.layers
+
+
+def test_where_the_limit_is_met_only_the_ends_are_looked_at_for_a_free_lunch(student, task, tmp_path, quick):
+    made, images, known = student
+    ranges = calibrate(made.dynamic.file.path, known, QuantizeConfig())
+    found = mixed(tmp_path, made, images, ranges, task, "cpu", Cpu(), QuantizeConfig(per_channel=False), 99.0)
+    assert {layer.name for layer in found.layers} == {"stage1.0", "head"}
+    assert all(layer.price is not None for layer in found.layers) and set(found.mix.floats) <= {"stage1.0", "head"}
+
+
+def test_a_limit_that_cannot_be_met_is_an_error_with_the_best_mix(student, task, tmp_path):
+    made, images, known = student
+    config = QuantizeConfig(per_channel=False, floats=("stage1.0", "stage3.0", "head"))
+    ranges = calibrate(made.dynamic.file.path, known, config)
+    with pytest.raises(
+        ModelError, match=r"loses .* points .* where 0.5 are allowed; no layer can stay float"
+    ) as caught:
+        mixed(tmp_path, made, images, ranges, task, "jetson", Jetson(), config, 0.5)
+    assert "quant_aware" in caught.value.hint
+    said = unmet(a_frontier(max_drop=0.1)).what
+    assert "`kpn` loses 2.00 points" in said and "best of 1 mixes, with 1 layers in float, loses 0.40" in said
+
+
+def test_layers_that_stay_float_anyway_are_in_no_mix(student, task):
+    found = ranked(subject(student, base=("first",)), an_exam(student, task), outermost=False)
+    assert "stage1.0" not in [layer.name for layer in found] and len(found) == 3
+
+
+# by hand
+
+
+def marks(drop_points, snr=30.0):
+    return Marks(90 - drop_points, Interval(drop_points - 0.1, drop_points, drop_points + 0.1), snr)
+
+
+def a_mix(count, lost, price=None, snr=30.0):
+    sure = None if price is None else Interval(price - 0.01, price, price + 0.01)
+    return Mix(tuple(f"l{i}" for i in range(count)), marks(lost, snr), count / 10, sure)
+
+
+class Steady:
+    aa = Interval(0.999, 1.0, 1.001)
+
+
+@pytest.mark.parametrize(
+    ("mixes", "limit", "best"),
+    [
+        ([a_mix(0, 2.0), a_mix(1, 0.6), a_mix(2, 0.4), a_mix(3, 0.1)], 0.5, 2),  # by MACs
+        ([a_mix(0, 2.0, 1.0), a_mix(2, 0.4, 1.2), a_mix(3, 0.3, 1.1)], 0.5, 2),  # by latency
+        ([a_mix(0, 0.2, 1.0), a_mix(1, 0.1, 0.99, 31)], 0.5, 0),  # within what two sessions differ
+        ([a_mix(0, 0.2, 1.0), a_mix(1, 0.1, 0.9, 31)], 0.5, 1),  # faster beyond doubt, and closer to FP32
+        ([a_mix(0, 0.2, 1.0), a_mix(1, 0.1, 0.9, 29)], 0.5, 0),  # faster, but further from FP32
+        ([a_mix(0, 0.2, 1.0), a_mix(1, 0.7, 0.9, 31)], 0.5, 0),  # faster, but above the limit
+        ([a_mix(0, 2.0, 1.0), a_mix(1, 1.5, 1.1), a_mix(2, 1.6, 1.2)], 0.5, 1),  # none within: the most accurate
+        ([a_mix(0, 2.0, 1.0), a_mix(1, 1.5, 0.9, 31)], None, 1),  # no limit: what costs nothing
+    ],
+)
+def test_the_cheapest_within_the_limit_is_chosen(mixes, limit, best):
+    assert cheapest(mixes, limit, Steady()) == best
+
+
+def test_worth_is_noise_for_cost():
+    price = Interval(1.04, 1.05, 1.06)
+    layer = Layer("a", "Conv", 100, marks(0.0, snr=20.0), price)
+    assert worth(layer, 1000) == pytest.approx(0.01 / 0.05)
+    assert worth(dataclasses.replace(layer, price=None), 1000) == pytest.approx(0.01 / 0.1)
+    assert worth(dataclasses.replace(layer, price=Interval(0.9, 0.95, 0.99)), 1000) == pytest.approx(0.01 / 0.02)
+
+
+def test_the_drop_of_maps_is_that_of_their_metric(tmp_path):
+    truth = np.full((40, 1, 2, 2), 2.0, np.float32)
+    fine, half = truth.copy(), truth.copy()
+    half[:, :, 0] = 9.0  # half of all pixels are far off
+    trial = Trial(np.zeros(0), np.zeros(0), half, fine, truth)
+    assert drop(trial) == Interval(50.0, 50.0, 50.0)
+    exam = Exam(truth, truth, fine)
+    assert exam.accuracy() == ("delta1", 100.0) and len(exam.part(7).inputs) == 7
+
+
+# what is told
+
+
+def a_frontier(**more):
+    layer = Layer(f"conv{EVIL}", "Conv", 2_359_296, marks(1.2), Interval(1.05, 1.08, 1.1))
+    mixes = (a_mix(0, 2.0, 1.0), Mix((f"conv{EVIL}",), marks(0.4), 0.2, Interval(1.07, 1.08, 1.09)))
+    made = Frontier("kpn", "cpu", "top1", 0.5, 90.0, 5000, 2048, (layer,), mixes, 1, "", Interval(1.8, 1.9, 2.0))
+    return dataclasses.replace(made, **more)
+
+
+def test_the_verdict_names_the_switch_and_what_it_costs():
+    said = told.verdict(a_frontier())
+    assert "loses 2.00 points (1.90 to 2.10), where 0.5 are allowed; with 1 of its layers in float 0.40" in said
+    assert "1.080 (1.070–1.090) of the latency" in said
+    assert json.loads(re.search(r"quantize\.floats: (\[.*\])", said)[1]) == [f"conv{EVIL}"]
+    slow = told.verdict(a_frontier(fp32=Interval(1.05, 1.06, 1.08)))
+    assert "no faster than FP32: ship the FP32 file" in slow
+    assert "no mix that was tried meets that" in told.verdict(a_frontier(max_drop=0.1))
+    assert "nothing has to stay float" in told.verdict(a_frontier(max_drop=3.0, chosen=0))
+
+
+def test_the_report_tells_of_layers_kept_float_and_escapes_their_names(record, tmp_path):  # noqa: F811
+    from edgekd.stages.report.report import read, report
+
+    report(dataclasses.replace(record, frontiers=(a_frontier(),)), tmp_path)
+    html, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+    assert "<h2>Layers kept float</h2>" in html and "Mixes of INT8 and float layers: kpn on cpu" in html
+    assert "### Layers kept float: kpn on cpu" in text and "1.080 (1.070–1.090)" in text
+    assert EVIL not in html and EVIL not in text
+    assert read(tmp_path / "report.json").frontiers == (a_frontier(),)
+    report(record, tmp_path)
+    assert "Layers kept float" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_command_ranks_the_layers_of_any_file(student, task, tmp_path, monkeypatch):
+    from edgekd.stages.bench.benchmark import BenchConfig
+    from edgekd.stages.quantize import mix as module
+
+    quick = BenchConfig(blocks=3, calls=8, warmup_s=0.01, metrics=("p50_ms",), sessions=1)
+    monkeypatch.setattr(module, "SINGLES", quick)
+    monkeypatch.setattr(module, "MIXES", quick)
+    made, images, _ = student
+    valid = task.valid.load()
+    np.save(tmp_path / "i.npy", task.inputs(np.asarray(valid.images)))
+    np.save(tmp_path / "l.npy", valid.labels)
+    words = [
+        "sensitivity",
+        str(made.single.file.path),
+        "--calib",
+        str(images.path),
+        "--images",
+        str(tmp_path / "i.npy"),
+    ]
+    words += ["--labels", str(tmp_path / "l.npy"), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 0 and "layer" in done.stdout and "all: FP32" in done.stdout and "stage2.0" in done.stdout
+    again = CliRunner().invoke(app, [*words, "--max-drop", "90", "--json"], catch_exceptions=False)
+    found = json.loads(again.stdout.strip().splitlines()[-1])
+    assert found["chosen"] == 0 or found["mixes"][found["chosen"]]["price"]["high"] < 1
+    assert "where 90 are allowed" in found["verdict"]
+    kept = json.loads((tmp_path / "out" / "sensitivity.json").read_text())
+    assert plain.load(Frontier, kept).images == len(valid.labels)
+    page = (tmp_path / "out" / "sensitivity.md").read_text()
+    assert "| stage2.0 | Conv |" in page and "![](sensitivity.svg)" in page
+    svg = (tmp_path / "out" / "sensitivity.svg").read_text()
+    assert svg.startswith('<svg xmlns="http://www.w3.org/2000/svg"') and "--ink: #1b2126" in svg
+
+
+def test_a_command_keeps_named_layers_float(staged, tmp_path):
+    made, x = staged
+    np.save(tmp_path / "c.npy", x)
+    words = ["quantize", str(made.single.file.path), "--calib", str(tmp_path / "c.npy"), "-o", str(tmp_path / "x.onnx")]
+    done = CliRunner().invoke(app, [*words, "--floats", "first, last"], catch_exceptions=False)
+    assert done.exit_code == 0
+    stored = {t.name for t in onnx.load(tmp_path / "x.onnx").graph.initializer}
+    assert {"stem.0.weight", "head.weight"} <= stored and "stage2.0.0.weight" not in stored
+
+
+def test_a_smoke_build_has_no_limit():
+    assert configured("digits", ("quantize.max_drop=0.5",), (), True).quantize.max_drop is None
+    assert configured("digits", ("quantize.max_drop=0.5",), (), False).quantize.max_drop == 0.5
