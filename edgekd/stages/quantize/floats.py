@@ -36,8 +36,9 @@ def layers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
 def module(node: onnx.NodeProto) -> str:
     """The dotted path of a node's module: stage1.0 of the weight `stage1.0.weight`, which one of torch's exporters
     keeps, or of the output `/stage1/stage1.0/Conv_output_0`, as the other calls it. Empty if it is neither."""
-    if node.input[1].endswith(".weight"):
-        return node.input[1].removesuffix(".weight")
+    weight = str(node.input[1])
+    if weight.endswith(".weight"):
+        return weight.removesuffix(".weight")
     first, *parts = node.output[0].split("/")[:-1] or [""]
     inner = [part for part, after in zip(parts, [*parts, ""][1:], strict=True) if not after.startswith(f"{part}.")]
     return "" if first else ".".join(inner)

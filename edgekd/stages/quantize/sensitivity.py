@@ -84,7 +84,7 @@ class Behind:
     unit = "points"
     better: Literal["higher", "lower"] = "lower"
     needs = 0
-    reads = ("logits", "reference", "labels")
+    reads: tuple[str, ...] = ("logits", "reference", "labels")
     maps: bool | None = True
 
     def __call__(self, trial: Trial) -> float:
