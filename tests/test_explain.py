@@ -185,10 +185,33 @@ def test_scales_that_no_integer_kernel_takes_are_told(tmp_path):
     net = Net()
     both = (net.pair("in", "x"), net.pair("middle", "x", zero=128))
     added = net.pair("sum", net.node("relu", "Relu", net.node("add", "Add", *both)), zero=100)
-    deep = net.conv("deep", net.pair("wide", added, np.full(CHANNELS, 0.05)), group=CHANNELS)
+    deep = net.conv("deep", net.pair("wide", added, np.linspace(0.04, 0.05, CHANNELS)), group=CHANNELS)
     found = reasons(net.save(tmp_path / "net.onnx", net.pair("out", deep)))
     assert "the zero of `relu_y` is 100, not the lowest uint8: its Relu stays" in found
     assert any(sentence.startswith("activations have a scale for each channel") for sentence in found)
+
+
+@X86
+def test_a_layer_that_was_kept_float_is_called_so(tmp_path):
+    """edgekd writes equal scales for all channels before it, so that onnxruntime leaves it float."""
+    net = Net()
+    deep = net.conv("deep", net.pair("wide", "x", np.full(CHANNELS, 0.05)))
+    found = reasons(net.save(tmp_path / "net.onnx", net.pair("out", deep)))
+    assert "the weight of Conv `deep` has no Q/DQ pair" in found
+
+
+def test_inner_layers_of_a_rescaled_network_are_not_compared(tmp_path):
+    """Their channels are other numbers than those of the FP32 file, by design."""
+    net = Net()
+    fp32 = net.save(tmp_path / "fp32.onnx", net.head(net.conv("two", net.node("relu", "Relu", net.conv("one", "x")))))
+    images = RANDOM.normal(0, 1, (16, CHANNELS, SIZE, SIZE)).astype(np.float32)
+    np.savez(tmp_path / "images.npz", images=images)
+    for equalize in (False, True):
+        made = tmp_path / f"int8-{equalize}.onnx"
+        quantize_file(fp32, made, images, named("ort-x86"), QuantizeConfig(equalize=equalize))
+        told = look.explain(made, fp32, tmp_path / "images.npz")
+        assert bool(told.losses) != equalize
+        assert any("rescaled (equalize)" in note for note in told.notes) == equalize
 
 
 def reasons(path):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx
 
+RESCALED = "edgekd.rescaled"  # metadata: what was done to the channels of inner tensors, so that they compare no longer
+
 
 def write(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str]) -> None:
     """Write `model` with `metadata` and nothing else but the graph: equal networks give equal bytes anywhere."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.core import onnx_facts, progress
+from edgekd.core.onnx_files import RESCALED
 from edgekd.stages.explain.islands import ABSORBED
 from edgekd.stages.lint.graph import QUANTIZE, View
 from edgekd.stages.lint.hard_rules import label
@@ -88,8 +89,11 @@ def ratio_db(signal: float, noise: float) -> float:
 def losses(view: View, path: Path, reference: Path, inputs: np.ndarray) -> list[Loss]:
     """What each quantized tensor of `path` loses against the tensor of the same name in `reference`; in graph order.
 
-    Runs both with onnxruntime's optimisation off, an image at a time. Tensors of other names are left out.
+    Runs both with onnxruntime's optimisation off, an image at a time. Tensors of other names are left out, and all
+    where channels were rescaled before quantization.
     """
+    if rescaled(view):
+        return []
     exact = onnx_facts.load(reference)
     makers = {name: label(node) for node in exact.graph.node for name in node.output}
     makers |= {onnx_facts.single_input(exact, reference).name: ""}
@@ -112,6 +116,11 @@ def losses(view: View, path: Path, reference: Path, inputs: np.ndarray) -> list[
                 total.add(step, before[step.float_name], after[step.integer_name])
             advance(1)
     return [one.loss(step, makers[step.float_name], count) for step, one in zip(steps, sums, strict=True)]
+
+
+def rescaled(view: View) -> str:
+    """What was done to the channels of inner tensors; empty if nothing was."""
+    return next((entry.value for entry in view.model.metadata_props if entry.key == RESCALED), "")
 
 
 def quantized(view: View) -> list[Step]:

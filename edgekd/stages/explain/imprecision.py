@@ -38,7 +38,7 @@ def accuracy(
             "accuracy",
             f"{len(weak)} layers have one weight scale for all channels: channel {worst.channel} of `{worst.node}` "
             f"is left with {worst.weakest} of 127 steps",
-            "edgekd quantize: every dialect but dla has a scale for each channel",
+            "edgekd quantize --per-channel; where the runtime takes one scale only: --equalize",
             "onnxruntime: per_channel=True",
             1 - worst.weakest / 127,
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from edgekd.stages.explain.profile import PAIRS, REORDERS, Operator, Profile
 from edgekd.stages.lint.graph import DEQUANTIZE, QUANTIZE, View
 from edgekd.stages.lint.hard_rules import label
@@ -129,12 +131,12 @@ def reason(view: View, node: onnx.NodeProto) -> tuple[str, str]:
                 return SIGNED if kind == "int8" else "relu", what
     if op not in KERNELS and op not in ABSORBED:
         return "kernel", f"onnxruntime has no integer kernel for {op}"
-    for pair in pairs:
-        if view.is_per_channel(pair):
-            return (
-                "channels",
-                "activations have a scale for each channel, which no integer kernel takes",
-            )
+    unpaired = op in WEIGHTED and len(node.input) > 1 and not view.quantized(node.input[1])
+    floating = "weight", f"the weight of {op} `{name}` has no Q/DQ pair"
+    for scales in (view.number(pair, 1) for pair in pairs if view.is_per_channel(pair)):
+        if unpaired and scales is not None and np.ptp(scales) == 0:
+            return floating  # edgekd writes equal scales to keep a float layer float
+        return "channels", "activations have a scale for each channel, which no integer kernel takes"
     bare = [tensor for tensor, pair in before.items() if pair is None]
     if bare and op not in ABSORBED:
         return "input", f"the input of {op} `{name}` has no Q/DQ pair (`{bare[0]}`)"
@@ -142,8 +144,8 @@ def reason(view: View, node: onnx.NodeProto) -> tuple[str, str]:
     if others or not after:
         reader = f"{others[0].op_type} `{label(others[0])}` reads it" if others else "it is an output of the network"
         return "output", f"the output of {op} `{name}` is not quantized: {reader}"
-    if op in WEIGHTED and len(node.input) > 1 and not view.quantized(node.input[1]):
-        return "weight", f"the weight of {op} `{name}` has no Q/DQ pair"
+    if unpaired:
+        return floating
     if op in MOVING and not same_scale(view, node, after[0]):
         return "scales", f"the scales before and behind {op} `{name}` differ"
     if any(kind_of(view, pair) == "int8" for pair in pairs):  # those that several operators read stay

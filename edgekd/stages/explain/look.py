@@ -22,7 +22,7 @@ from edgekd.stages.bench.compare import compare_files
 from edgekd.stages.explain import causes
 from edgekd.stages.explain.causes import COST, Case, Cause, percent
 from edgekd.stages.explain.explanation import Explanation, LayerTime, Pairs, Place, Time
-from edgekd.stages.explain.fidelity import Loss, losses
+from edgekd.stages.explain.fidelity import losses, rescaled
 from edgekd.stages.explain.imprecision import accuracy
 from edgekd.stages.explain.islands import Island, islands
 from edgekd.stages.explain.kernels import floats, kernels
@@ -70,7 +70,7 @@ def explain(
     spec = onnx_facts.single_input(view.model, path)
     # an array out of an .npz may lie askew: numpy would then copy all of it at every call, and empty the caches
     fed = None if images is None else np.require(load_calibration(images, spec), requirements="A")
-    exact = fidelity(view, path, reference, fed)
+    exact = [] if reference is None or fed is None else losses(view, path, reference, fed)
     start = Explanation(
         model=str(path),
         form=kind,
@@ -84,7 +84,7 @@ def explain(
         losses=tuple(exact),
         agreement=None if fed is None or reference is None else agreement(path, reference, fed, spec),
         latency="",
-        notes=unseen(reference, images, target),
+        notes=unseen(view, reference, images, target),
         causes=(),
         verdicts=(),
     )
@@ -106,10 +106,6 @@ def loaded(path: Path) -> Any:
         raise ConfigError(error.what, hint="give the INT8 file, and its FP32 file with --reference") from error
 
 
-def fidelity(view: View, path: Path, reference: Path | None, inputs: np.ndarray | None) -> list[Loss]:
-    return [] if reference is None or inputs is None else losses(view, path, reference, inputs)
-
-
 def agreement(path: Path, reference: Path, inputs: np.ndarray, spec: TensorSpec) -> float | None:
     """Percent of the inputs on which both have the same top class; None if the network is no classifier."""
     count = len(inputs) // max(spec.shape[0], 1) * max(spec.shape[0], 1)
@@ -125,8 +121,9 @@ def noise(spec: TensorSpec) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((count, *shape), np.float32)
 
 
-def unseen(reference: Path | None, images: Path | None, target: str) -> tuple[str, ...]:
-    found = []
+def unseen(view: View, reference: Path | None, images: Path | None, target: str) -> tuple[str, ...]:
+    done = rescaled(view)
+    found = [f"channels were rescaled ({done}): what inner layers lose is not compared"] if done else []
     if target == "jetson":
         found.append("nothing was executed: TensorRT builds its engine on the device")
     if reference is None:

@@ -65,7 +65,7 @@ def prepare(out: Path, model: Exported, images: File, config: QuantizeConfig) ->
     made = []
     for source, network in zip(sources, networks, strict=True):
         target = out / source.file.path.name
-        finish(source.file.path, network, target, inputs)
+        finish(source.file.path, network, target, inputs, config)
         made.append(replace(source, file=File.of(target)))
     return Exported(made[1], made[0])
 
@@ -80,7 +80,7 @@ def prepare_file(path: Path, target: Path, inputs: np.ndarray, config: QuantizeC
     network = prepared(path)
     rescale([network], inputs, config)
     target.parent.mkdir(parents=True, exist_ok=True)
-    finish(path, network, target, inputs)
+    finish(path, network, target, inputs, config)
     return target
 
 
@@ -141,13 +141,15 @@ def extremes(network: onnx.ModelProto, axes: Mapping[str, int], inputs: np.ndarr
     return found
 
 
-def finish(path: Path, network: onnx.ModelProto, target: Path, inputs: np.ndarray) -> None:
+def finish(path: Path, network: onnx.ModelProto, target: Path, inputs: np.ndarray, config: QuantizeConfig) -> None:
     """Write the changed network with the form of `path`. Raises ParityError where it answers otherwise."""
     import onnx
 
     original = onnx.load(str(path), load_external_data=False)
     network.ir_version = original.ir_version
-    onnx_files.write(network, target, {entry.key: entry.value for entry in original.metadata_props})
+    done = [*["equalize"] * config.equalize, *[f"smooth {config.smooth:g}"] * bool(config.smooth)]
+    kept = {entry.key: entry.value for entry in original.metadata_props}
+    onnx_files.write(network, target, kept | {onnx_files.RESCALED: ", ".join(done)})
     batch = onnx_facts.facts(path).input.shape[0] or 1
     some = inputs[: max(min(COMPARED, len(inputs)) // batch, 1) * batch]
     want, got = (onnx_facts.answers(file, some) for file in (path, target))
