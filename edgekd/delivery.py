@@ -13,12 +13,11 @@ from edgekd.core import plugins, processor
 from edgekd.core.artifact import File, Weights
 from edgekd.core.errors import ConfigError
 from edgekd.core.ledger import Ledger, code
-from edgekd.core.mix import Frontier
 from edgekd.core.onnx_facts import Exported
 from edgekd.core.target import Target
 from edgekd.core.task import Scale
 from edgekd.core.trial import BenchResult, Contestant, Role
-from edgekd.quantization import Material, quantized, suffix
+from edgekd.quantization import Material, Quantized, quantized, suffix
 from edgekd.stages.bench.assign import assigned
 from edgekd.stages.bench.benchmark import BenchConfig, benchmark
 from edgekd.stages.bench.cold import with_memory
@@ -53,9 +52,8 @@ class Delivered:
 
     bench: BenchResult  # the main one
     beside: tuple[BenchResult, ...]  # with models called otherwise
-    int8s: dict[str, Exported]  # by the name of the network
+    low: Quantized
     bundle: Bundle | None
-    frontiers: tuple[Frontier, ...]  # where there is a limit to what INT8 may lose
 
 
 def named(targets: tuple[Target, ...]) -> dict[str, Target]:
@@ -95,13 +93,12 @@ def deliver(
         log.info("%s: %s", name, sentence)
     chosen = [t.weights.name for t in networks[1:] if t.weights.method == plugins.name_of(config.student.method)]
     low = quantized(ledger, config, name, target, material, {n: exported[n] for n in chosen})
-    ranges, int8s, mixes = low.ranges, low.files, tuple(low.frontiers.values())
     sent = []
     for trained in networks:
         n, method = trained.weights.name, trained.weights.method
         role: Role = "teacher" if trained is networks[0] else "student" if n in chosen else "baseline"
-        int8 = int8s[n].single if n in int8s else None
-        sent.append(Sent(n, role, method, trained.classes == task.classes, exported[n].single, int8, ranges.get(n)))
+        int8 = low.files[n].single if n in low.files else None
+        sent.append(Sent(n, role, method, trained.classes == task.classes, exported[n].single, int8, low.ranges.get(n)))
     bare, made = replace(target, budget_ms=None), None
     reason = target.missing()
     if away.bundles or away.device or reason or builds(target) or (away.results(name) / RESULT).exists():
@@ -113,13 +110,13 @@ def deliver(
     returned = made and bring(ledger, name, target, made, away)
     if made and returned:
         bench = read_off(ledger, name, made, returned, config.bench)
-        return Delivered(shipped(bench, target, students), (), int8s, made, mixes)
+        return Delivered(shipped(bench, target, students), (), low, made)
     if reason:
-        return Delivered(unmeasured(name, reason, target.delivery.instead), (), int8s, made, mixes)
+        return Delivered(unmeasured(name, reason, target.delivery.instead), (), low, made)
     single = tuple(contestant for network in sent for contestant in contestants_of(network))
-    dynamic = {e.single.file: e.dynamic.file for e in (*exported.values(), *int8s.values())}
+    dynamic = {e.single.file: e.dynamic.file for e in (*exported.values(), *low.files.values())}
     bench, *beside = measured_here(ledger, config.bench, name, bare, material, single, dynamic)
-    return Delivered(shipped(bench, target, students), tuple(beside), int8s, made, mixes)
+    return Delivered(shipped(bench, target, students), tuple(beside), low, made)
 
 
 def measured_here(

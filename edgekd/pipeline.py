@@ -18,7 +18,7 @@ from edgekd.core.errors import ConfigError
 from edgekd.core.ledger import Ledger, code
 from edgekd.core.method import Method
 from edgekd.core.model import Model
-from edgekd.core.record import DataFacts, Origins, Record
+from edgekd.core.record import DataFacts, Origins, RangesFound, Record
 from edgekd.core.task import SPLITS, Scale, Task
 from edgekd.delivery import Away, deliver, export_all, fitted, named
 from edgekd.learn.trainer import TrainConfig, resolved
@@ -75,7 +75,7 @@ def build(
             name: deliver(ledger, config, name, target, material, exported[readable(config, target)], away)
             for name, target in targets.items()
         }
-        groups = (*exported.values(), *(d.int8s for d in delivered.values()))
+        groups = (*exported.values(), *(d.low.files for d in delivered.values()))
         benches = tuple(bench for d in delivered.values() for bench in (d.bench, *d.beside))
         record = Record(
             name=config.name,
@@ -91,7 +91,12 @@ def build(
             versions={name: version(name) for name in PACKAGES},
             step_seconds=dict(ledger.seconds),
             gates=decide(config.gates, benches),
-            frontiers=tuple(found for d in delivered.values() for found in d.frontiers),
+            frontiers=tuple(found for d in delivered.values() for found in d.low.frontiers.values()),
+            ranges=tuple(
+                RangesFound(network, name, found.method, found.tried)
+                for name, d in delivered.items()
+                for network, found in d.low.ranges.items()
+            ),
             origins=origins(ledger, task, calib),
         )
         made = ledger.given(templates()).step("report", Rendered, rendered, record)

@@ -382,3 +382,13 @@ def test_works_without_torch(record, tmp_path):
 )  # fmt: skip
 def test_writes_numbers_with_three_figures_and_a_unit(shown, text):
     assert shown == text
+
+
+def test_the_report_says_how_ranges_were_found(record, tmp_path):
+    from edgekd.core.record import RangesFound
+
+    tried = {"minmax": 80.5, "percentile": 81.25}
+    told = dataclasses.replace(record, ranges=(RangesFound("<kpn>", "cpu", "percentile", tried),))
+    html = report(told, tmp_path).read_text()
+    assert "percentile, of minmax 80.50 %; percentile 81.25 % on validation images" in html and "&lt;kpn&gt; on cpu" in html
+    assert read(tmp_path / "report.json").ranges == told.ranges

@@ -24,6 +24,16 @@ class DataFacts:
 
 
 @dataclass(frozen=True)
+class RangesFound:
+    """How the ranges of a student's INT8 form for a target were found."""
+
+    network: str
+    target: str
+    method: str
+    tried: dict[str, float]  # accuracy on validation images by method, percent, where one was chosen
+
+
+@dataclass(frozen=True)
 class Origins:
     """What a build was made from, by sha256."""
 
@@ -49,4 +59,5 @@ class Record:
     step_seconds: dict[str, float]
     gates: tuple[Decision, ...] = ()
     frontiers: tuple[Frontier, ...] = ()  # of students for targets, where there is a limit to what INT8 may lose
+    ranges: tuple[RangesFound, ...] = ()
     origins: Origins | None = None

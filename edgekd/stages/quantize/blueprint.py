@@ -141,7 +141,8 @@ def learnt_ranges(out: Path, model: Exported, ranges: Ranges, learnt: Sequence[L
     if lost:
         raise ModelError(
             f"`{model.dynamic.name}` has no tensor for {lost} of the {len(wanted)} ranges that were learnt with it",
-            hint="export the weights that were trained, and leave out what changes them (equalization, correction)",
+            hint="export the weights that were trained, and leave out equalize, smooth and correct_bias",
         )
     bounds = ranges.bounds | {name: (learnt[at].low, learnt[at].high) for name, at in places.items()}
-    return replace(ranges, bounds=bounds, limits={n: limit for n, limit in ranges.limits.items() if n not in places})
+    limits = {n: limit for n, limit in ranges.limits.items() if n not in places}
+    return Ranges(bounds, limits, f"learnt in training, {len(places)} of {len(bounds)}; the others: {ranges.method}")
