@@ -38,7 +38,8 @@ def import_result(path: Path, out: Path | None) -> tuple[Record, Path]:
         config = plain.load(BuildConfig, record.config)
         bench = read_off(ledger, name, made, returned, config.bench)
         bench = shipped(bench, named(config.targets)[name], record.students)
-        benches = tuple(bench if (old.target, old.scenario) == (name, "") else old for old in record.benches)
+        others = [old for old in record.benches if old.target != name or not old.scenario]  # those were of this machine
+        benches = tuple(bench if old.target == name else old for old in others)
         record = replace(
             record,
             benches=benches,

@@ -9,6 +9,18 @@ import typer
 
 from edgekd.console import Jetpack, Json, Smoke, emit, leave
 
+# of INT8, for several commands
+Equalize = Annotated[bool, typer.Option("--equalize", help="Give the layers of a pair equal weights.")]
+Smooth = Annotated[float, typer.Option(help="SmoothQuant's alpha for matrix products, such as 0.5.")]
+CorrectBias = Annotated[bool, typer.Option("--correct-bias", help="Take off what rounded weights add.")]
+PerChannel = Annotated[
+    bool | None, typer.Option("--per-channel/--per-tensor", help="How many scales a weight has; else the target's.")
+]
+Ranges = Annotated[
+    str, typer.Option("--method", help="How ranges are found: minmax, moving_average, percentile, entropy, mse, auto.")
+]
+Floats = Annotated[str, typer.Option(help="Layers that stay float, by commas; first and last are words.")]
+
 
 def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="The ONNX file to write (batch 1).")],
@@ -44,24 +56,19 @@ def quantize(
         str | None, typer.Option(help="Or the dialect itself: ort-x86, ort-arm, openvino, tensorrt, dla.")
     ] = None,
     jetpack: Annotated[str | None, typer.Option(help="Of the device; the dialect dla needs it.")] = None,
-    method: Annotated[
-        str, typer.Option(help="How ranges are found: minmax, moving_average, percentile, entropy, mse, auto.")
-    ] = "minmax",
-    equalize: Annotated[bool, typer.Option("--equalize", help="Give the layers of a pair equal weights.")] = False,
-    smooth: Annotated[float, typer.Option(help="SmoothQuant's alpha for matrix products, such as 0.5.")] = 0.0,
-    correct_bias: Annotated[bool, typer.Option("--correct-bias", help="Take off what rounded weights add.")] = False,
-    per_channel: Annotated[
-        bool | None, typer.Option("--per-channel/--per-tensor", help="How many scales a weight has; else the target's.")
-    ] = None,
-    floats: Annotated[str, typer.Option(help="Layers that stay float, by commas; first and last are words.")] = "",
+    method: Ranges = "minmax",
+    equalize: Equalize = False,
+    smooth: Smooth = 0.0,
+    correct_bias: CorrectBias = False,
+    per_channel: PerChannel = None,
+    floats: Floats = "",
     json_: Json = False,
 ) -> None:
     """Quantize any ONNX file to INT8. Method auto: the least error against FP32 on inputs held out."""
     from edgekd.stages.quantize.by_name import described, facts, quantize_by_name
 
     asked = {"equalize": equalize, "smooth": smooth, "correct_bias": correct_bias, "per_channel": per_channel}
-    kept = [name.strip() for name in floats.split(",") if name.strip()]
-    made = quantize_by_name(model, calib, out, target, dialect, jetpack, method, floats=kept, **asked)
+    made = quantize_by_name(model, calib, out, target, dialect, jetpack, method, floats=listed(floats), **asked)
     emit(json_, facts(made), described(made))
 
 
@@ -72,19 +79,32 @@ def sensitivity(
     labels: Annotated[Path, typer.Option(help="Their classes, .npy.")],
     target: Annotated[str, typer.Option("--target", "-t", help="Whose INT8 dialect and latency.")] = "cpu",
     max_drop: Annotated[float | None, typer.Option(help="Points of accuracy that INT8 may lose.")] = None,
+    method: Ranges = "minmax",
+    equalize: Equalize = False,
+    smooth: Smooth = 0.0,
+    correct_bias: CorrectBias = False,
+    per_channel: PerChannel = None,
+    floats: Floats = "",
     out: Annotated[Path, typer.Option("--out", "-o", help="Where results go.")] = Path("runs/sensitivity"),
     json_: Json = False,
 ) -> None:
     """Tell which layers INT8 harms, what it costs to keep them float, and which mix to take."""
     from edgekd.core import plain
     from edgekd.core.ledger import Ledger
+    from edgekd.stages.quantize.ranges import QuantizeConfig
     from edgekd.stages.quantize.survey import survey
     from edgekd.stages.report.frontier import text, verdict
 
+    asked = {"equalize": equalize, "smooth": smooth, "correct_bias": correct_bias, "per_channel": per_channel}
+    said = {"method": method, "floats": listed(floats), "max_drop": max_drop, **asked}
     with Ledger(out).locked():
-        found = survey(out, model, calib, images, labels, target, max_drop)
+        found = survey(out, model, calib, images, labels, target, plain.load(QuantizeConfig, said))
     emit(json_, plain.dump(found) | {"verdict": verdict(found)}, text(found))
     leave(0 if found.met else 1)
+
+
+def listed(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def lint(

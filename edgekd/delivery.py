@@ -108,6 +108,8 @@ def deliver(
         )
     students = [t.weights for t in networks[1:]]
     returned = made and bring(ledger, name, target, made, away)
+    if (returned or reason) and len(scenarios(config.bench)) > 1:
+        log.warning("%s: bundles are timed with one image a call; other batches, scopes and loads are left out", name)
     if made and returned:
         bench = read_off(ledger, name, made, returned, config.bench)
         return Delivered(shipped(bench, target, students), (), low, made)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 
 from edgekd.configuration import BuildConfig
 from edgekd.core import plugins, processor
@@ -123,12 +124,14 @@ def within(
 ) -> Frontier:
     """Which layers stay float, so that a network loses no more than `max_drop` on a target. Raises as `mixed` does."""
     limit = config.quantize.max_drop or 0.0
-    known = judged.given([judged.circumstances, here()])
+    known = judged.given([judged.circumstances, here(target)])
     bare = replace(target, budget_ms=None)
     asked = (made, material.calib.images, ranges, material.task, name, bare, config.quantize, limit)
     return known.step(f"mix-{network}-{name}", Frontier, mixed, *asked)
 
 
-def here() -> dict[str, object]:
+def here(target: Target) -> dict[str, object]:
     """What the price of a layer depends on beside its arguments."""
-    return {"processor": processor.name(), "runner": File.of(runner_path())}
+    runtime = "" if target.missing() else version(target.runtime)
+    medians = code(plugins.places("metrics")["p50_ms"])
+    return {"processor": processor.name(), "runner": File.of(runner_path()), "runtime": runtime, "metrics": medians}

@@ -260,3 +260,9 @@ def test_what_is_no_manifest_is_refused_in_words(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     done = edgekd("verify", tmp_path, cwd=tmp_path, check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: ")
+
+
+def test_what_was_put_beside_what_ships_is_found(sent):
+    shutil.copyfile(sent / "ships" / "cpu" / "kpn-int8.onnx", sent / "ships" / "cpu" / "better.onnx")
+    done = edgekd("verify", sent, cwd=sent, check=False)
+    assert done.returncode == 1 and "ships/cpu/better.onnx: was not made by this build" in done.stdout

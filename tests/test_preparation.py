@@ -17,7 +17,7 @@ from edgekd.configuration import configured, on_device
 from edgekd.core import onnx_facts
 from edgekd.core.artifact import File
 from edgekd.core.dialects import DIALECTS
-from edgekd.core.errors import ConfigError, ParityError
+from edgekd.core.errors import ConfigError, ModelError, ParityError
 from edgekd.stages.export.export import ExportConfig, export
 from edgekd.stages.quantize import preparation
 from edgekd.stages.quantize.cache import cache_file
@@ -479,3 +479,62 @@ def test_a_build_makes_int8_of_the_prepared_network_and_measures_the_exported_on
     assert scales and all(a.size == 1 for a in scales)
     inputs = np.load(next(steps.glob("exam-*/inputs.npy")))
     assert gap(fp32 / "alone.onnx", suited / "alone.onnx", inputs) < 1e-4
+
+
+# what must not be touched
+
+
+def product(path, constants, *nodes):
+    """x (1, 4, 4) times w, and what follows; from `x` to `y`."""
+    first = helper.make_node("MatMul", ["x", "w"], ["p"])
+    weight = {"w": RANDOM.normal(0, 1, (4, 4)).astype(np.float32)}
+    return saved(path, [first, *nodes], weight | constants, [4, 4], [4, 4])
+
+
+def test_what_is_added_to_rows_is_no_bias(tmp_path):
+    """(T, 1) behind a product with as many rows as channels."""
+    rows = {"b": RANDOM.normal(0, 1, (4, 1)).astype(np.float32)}
+    path = product(tmp_path / "net.onnx", rows, helper.make_node("Add", ["p", "b"], ["y"]))
+    inputs = RANDOM.normal(0, 1, (32, 4, 4)).astype(np.float32)
+    quantize_file(path, tmp_path / "int8.onnx", inputs, DIALECTS["tensorrt"], CORRECT)
+    assert gap(path, tmp_path / "int8.onnx", inputs) < 0.05
+
+
+def test_a_float_layer_keeps_its_bias_where_it_shares_its_weight(tmp_path):
+    biases = {name: RANDOM.normal(0, 1, 4).astype(np.float32) for name in ("b", "c")}
+    again = [helper.make_node("MatMul", ["r", "w"], ["q"]), helper.make_node("Add", ["q", "c"], ["y"])]
+    first = [helper.make_node("Add", ["p", "b"], ["a"]), helper.make_node("Relu", ["a"], ["r"])]
+    path = product(tmp_path / "net.onnx", biases, *first, *again)
+    inputs = RANDOM.normal(0, 1, (32, 4, 4)).astype(np.float32)
+    asked = QuantizeConfig(correct_bias=True, floats=("last",))
+    quantize_file(path, tmp_path / "int8.onnx", inputs, DIALECTS["tensorrt"], asked)
+    found = constants_of(tmp_path / "int8.onnx")
+    assert (found["c"] == biases["c"]).all() and (found["b"] != biases["b"]).any()
+
+
+def test_a_grouped_transposed_convolution_is_quantized_without_correction(tmp_path):
+    weight = {"w": RANDOM.normal(0, 1, (4, 3, 2, 2)).astype(np.float32)}
+    node = helper.make_node("ConvTranspose", ["x", "w"], ["y"], group=2, strides=[2, 2])
+    path = saved(tmp_path / "net.onnx", [node], weight, [4, 4, 4], [6, 8, 8])
+    inputs = RANDOM.normal(0, 1, (16, 4, 4, 4)).astype(np.float32)
+    for name in ("ort-x86", "tensorrt"):
+        quantize_file(path, tmp_path / "int8.onnx", inputs, DIALECTS[name], CORRECT)
+
+
+def test_a_single_number_in_front_is_no_channel(tmp_path):
+    one = {"two": np.float32([2]), "minus": np.float32([-1]), "w": RANDOM.normal(0, 1, (4, 4)).astype(np.float32)}
+    scaled = [helper.make_node("Mul", ["x", "two"], ["m"]), helper.make_node("Add", ["m", "minus"], ["a"])]
+    path = saved(tmp_path / "n.onnx", [*scaled, helper.make_node("MatMul", ["a", "w"], ["y"])], one, [4, 4], [4, 4])
+    inputs = RANDOM.normal(0, 1, (16, 4, 4)).astype(np.float32)
+    quantize_file(path, tmp_path / "int8.onnx", inputs, DIALECTS["ort-x86"], SMOOTH)
+
+
+def test_weights_of_another_type_are_refused(tmp_path):
+    node = helper.make_node("Conv", ["h", "w"], ["s"])
+    casts = [helper.make_node("Cast", [a], [b], to=kind) for a, b, kind in (("x", "h", 10), ("s", "y", 1))]
+    weight = {"w": RANDOM.normal(0, 1, (4, 4, 1, 1)).astype(np.float16)}
+    path = saved(tmp_path / "n.onnx", [casts[0], node, casts[1]], weight, [4, 4, 4], [4, 4, 4])
+    inputs = RANDOM.normal(0, 1, (16, 4, 4, 4)).astype(np.float32)
+    with pytest.raises(ModelError, match="could be quantized|cannot quantize"):
+        quantize_file(path, tmp_path / "int8.onnx", inputs, DIALECTS["tensorrt"], QuantizeConfig())
+    assert not (tmp_path / "int8.onnx").exists()

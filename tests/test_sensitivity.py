@@ -410,13 +410,7 @@ def test_the_report_tells_of_layers_kept_float_and_escapes_their_names(record, t
     assert "Layers kept float" not in (tmp_path / "report.html").read_text()
 
 
-def test_a_command_ranks_the_layers_of_any_file(student, task, tmp_path, monkeypatch):
-    from edgekd.stages.bench.benchmark import BenchConfig
-    from edgekd.stages.quantize import mix as module
-
-    quick = BenchConfig(blocks=3, calls=8, warmup_s=0.01, metrics=("p50_ms",), sessions=1)
-    monkeypatch.setattr(module, "SINGLES", quick)
-    monkeypatch.setattr(module, "MIXES", quick)
+def test_a_command_ranks_the_layers_of_any_file(student, task, tmp_path, quick):
     made, images, _ = student
     valid = task.valid.load()
     np.save(tmp_path / "i.npy", task.inputs(np.asarray(valid.images)))
@@ -457,3 +451,16 @@ def test_a_command_keeps_named_layers_float(staged, tmp_path):
 def test_a_smoke_build_has_no_limit():
     assert configured("digits", ("quantize.max_drop=0.5",), (), True).quantize.max_drop is None
     assert configured("digits", ("quantize.max_drop=0.5",), (), False).quantize.max_drop == 0.5
+
+
+def test_a_file_that_takes_several_inputs_at_once_is_refused_first(student, tmp_path):
+    made, images, _ = student
+    model = onnx.load(made.single.file.path)
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = 4
+    del model.graph.value_info[:]
+    onnx.save(model, tmp_path / "four.onnx")
+    words = ["sensitivity", tmp_path / "four.onnx", "--calib", images.path, "--images", images.path]
+    with pytest.raises(ConfigError, match="4 inputs at once"):
+        asked = [*words, "--labels", tmp_path / "none.npy", "--out", tmp_path / "out"]
+        CliRunner().invoke(app, [str(word) for word in asked], catch_exceptions=False)

@@ -9,6 +9,7 @@ import numpy as np
 from edgekd.core import plugins
 from edgekd.core.trial import Interval, Metric, Trial
 from edgekd.metrics._percentile import nearest_rank
+from edgekd.stages.bench import statistics
 
 Z = 1.959964  # of a normal distribution, for 95 %
 RESAMPLES = 1000
@@ -16,7 +17,9 @@ GROUPS = 20  # of images, for the jackknife
 SHARES = ("top1", "agreement")  # metrics that count images
 
 
-def intervals(trial: Trial, teacher: np.ndarray, names: Sequence[str], seed: int) -> dict[str, Interval]:
+def intervals(
+    trial: Trial, teacher: np.ndarray, names: Sequence[str], seed: int, sessions: int = 1
+) -> dict[str, Interval]:
     """By name of a metric that the trial has a number for; and what it lost, in points of top-1: `drop` against its
     float original, `teacher_drop` against the teacher, whose answers to the same images are `teacher` (empty: none).
     """
@@ -26,7 +29,7 @@ def intervals(trial: Trial, teacher: np.ndarray, names: Sequence[str], seed: int
         if metric.maps not in (None, trial.logits.ndim > 2) or not all(getattr(trial, p).size for p in metric.reads):
             continue
         if "ns" in metric.reads:
-            found[name] = resampled(metric, trial, seed)
+            found[name] = resampled(metric, trial, seed, sessions)
         elif name in SHARES:
             found[name] = share(metric(trial), len(trial.logits))
         elif len(trial.logits) > 1:
@@ -66,19 +69,19 @@ def share(percent: float, n: int) -> Interval:
     return Interval(100 * min(centre - spread, p), percent, 100 * max(centre + spread, p))
 
 
-def resampled(metric: Metric, trial: Trial, seed: int) -> Interval:
-    """A bootstrap of whole blocks: calls next to each other are alike."""
+def resampled(metric: Metric, trial: Trial, seed: int, sessions: int = 1) -> Interval:
+    """A bootstrap of whole blocks: calls next to each other are alike. No narrower than the spread of several sessions,
+    processes that each have as many consecutive blocks, or one more."""
     blocks = trial.ns.reshape(len(np.unique(trial.block)), -1)
     random = np.random.default_rng(seed)
     empty = np.zeros(0)
-    seen = np.array(
-        [
-            metric(Trial(blocks[picks].ravel(), empty, empty, empty, empty))
-            for picks in random.integers(len(blocks), size=(RESAMPLES, len(blocks)))
-        ]
-    )
-    mid = metric(trial)
-    return Interval(min(nearest_rank(seen, 2.5), mid), mid, max(nearest_rank(seen, 97.5), mid))
+
+    def read(ns: np.ndarray) -> float:
+        return metric(Trial(ns.ravel(), empty, empty, empty, empty))
+
+    seen = np.array([read(blocks[picks]) for picks in random.integers(len(blocks), size=(RESAMPLES, len(blocks)))])
+    found = Interval(nearest_rank(seen, 2.5), metric(trial), nearest_rank(seen, 97.5))
+    return statistics.widened(found, blocks, read, sessions)
 
 
 def jackknifed(metric: Metric, trial: Trial) -> Interval:

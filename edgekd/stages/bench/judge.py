@@ -60,7 +60,7 @@ def judged(
         speedup = None if index == base else statistics.ratio(ns[base], ns[index], config.seed, sessions)
         verdict = statistics.verdict(speedup, aa, sessions) if speedup else ""
         kept = replace(contestant, file=linked(out, index, contestant))
-        sure = intervals(trial, teacher, config.metrics, config.seed)
+        sure = intervals(trial, teacher, config.metrics, config.seed, sessions)
         read_off = readings(trial, config.metrics)
         found.append(Measurement(kept, read_off, speedup, verdict, floats[index], intervals=sure))
     return aa, tuple(found)

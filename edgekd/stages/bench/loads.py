@@ -66,7 +66,7 @@ def throughput(
     found = []
     for index, contestant in enumerate(contestants):
         kept = replace(contestant, file=linked(out, index, contestant))
-        one = statistics.middle(seen.ns[index], config.seed)
+        one = statistics.middle(seen.ns[index], config.seed, seen.sessions)
         images = Interval(1e9 / one.high, 1e9 / one.mid, 1e9 / one.low)
         speedup = None if index == base else statistics.ratio(seen.ns[base], seen.ns[index], config.seed, seen.sessions)
         verdict = statistics.verdict(speedup, aa, seen.sessions) if speedup else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -50,11 +51,18 @@ def between(ratios: list[float]) -> float:
     return float(np.exp(stdtrit(len(ratios) - 1, 0.975) * error))
 
 
-def middle(ns: np.ndarray, seed: int) -> Interval:
-    """The median of (blocks, calls) with a 95 % interval, by a bootstrap of blocks."""
+def middle(ns: np.ndarray, seed: int, sessions: int = 1) -> Interval:
+    """The median of (blocks, calls) with a 95 % interval, by a bootstrap of blocks; no narrower than the spread of
+    several sessions."""
     picks = np.random.default_rng(seed).integers(len(ns), size=(RESAMPLES, len(ns)))
     seen, mid = np.array([median(ns[blocks]) for blocks in picks]), median(ns)
-    return Interval(min(nearest_rank(seen, 2.5), mid), mid, max(nearest_rank(seen, 97.5), mid))
+    return widened(Interval(nearest_rank(seen, 2.5), mid, nearest_rank(seen, 97.5)), ns, median, sessions)
+
+
+def widened(found: Interval, ns: np.ndarray, reads: Callable[[np.ndarray], float], sessions: int) -> Interval:
+    """Around its middle, and no narrower than the spread of what `reads` says of each session of (blocks, calls)."""
+    spread = between([reads(part) for part in np.array_split(ns, sessions)])
+    return Interval(min(found.low, found.mid / spread), found.mid, max(found.high, found.mid * spread))
 
 
 def median(values: np.ndarray) -> float:

@@ -9,7 +9,7 @@ borders, strides and groups are exact. A layer that has no bias gets one; a MatM
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -28,14 +28,18 @@ log = logging.getLogger(__name__)
 PAIR = ("QuantizeLinear", "DequantizeLinear")
 
 
-def corrected(model: onnx.ModelProto, int8: onnx.ModelProto, inputs: np.ndarray) -> onnx.ModelProto:
+def corrected(
+    model: onnx.ModelProto, int8: onnx.ModelProto, inputs: np.ndarray, kept: Collection[str]
+) -> onnx.ModelProto:
     """The FP32 network `model`, in place, with biases that make up for the weights of `int8`, which was made from it.
 
-    `inputs` are calibration inputs, (N, ...); one batch of them is in memory.
+    `inputs` are calibration inputs, (N, ...); one batch of them is in memory. Operators with an output in `kept` stay
+    as they are.
     """
     rounded = rounded_weights(int8)
     graph = graph_of(model)
-    layers = [n for n in model.graph.node if n.op_type in WEIGHTED and n.input[1] in rounded]
+    rounding = (node for node in model.graph.node if node.op_type in WEIGHTED and node.output[0] not in kept)
+    layers = [node for node in rounding if node.input[1] in rounded]
     places = {node.output[0]: place for node in layers if (place := bias_of(graph, node)) is not None}
     able = [node for node in layers if node.output[0] in places]
     log.info("biases corrected in %d of %d layers", len(able), len(layers))
@@ -77,8 +81,8 @@ def rounded_weights(int8: onnx.ModelProto) -> dict[str, np.ndarray]:
 def bias_of(graph: Graph, node: onnx.NodeProto) -> tuple[onnx.NodeProto, int, np.ndarray, float] | None:
     """Where the bias of a layer is: the node and the position among its inputs; its value, and what multiplies it."""
     size, position, holder = graph.constants[node.input[1]].shape[channel_axis(node)], 2, node
-    if node.op_type == "ConvTranspose":
-        size *= value(node, "group", 1)
+    if node.op_type == "ConvTranspose" and value(node, "group", 1) > 1:  # which onnxruntime cannot quantize with a bias
+        return None
     factor = float(value(node, "beta", 1.0)) if node.op_type == "Gemm" else 1.0
     if node.op_type == "MatMul":
         after = graph.only_reader(node.output[0])
@@ -88,7 +92,7 @@ def bias_of(graph: Graph, node: onnx.NodeProto) -> tuple[onnx.NodeProto, int, np
     elif len(node.input) < 3 or not node.input[2]:
         return node, 2, np.zeros(size, graph.constants[node.input[1]].dtype), 1.0
     bias = graph.constants.get(holder.input[position])
-    if bias is None or bias.size not in (1, size) or not factor:
+    if bias is None or not (bias.size == 1 or bias.shape[-1] == bias.size == size) or not factor:
         return None
     return holder, position, np.broadcast_to(bias.ravel(), size), factor
 

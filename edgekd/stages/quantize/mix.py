@@ -180,7 +180,7 @@ def sorted_layers(out: Path, search: Search, name: str, target: Target, unpriced
         lunch = {layer.name for layer in found if faster(layer.price, result)}
     found.sort(key=lambda layer: (layer.name not in lunch, -worth(layer, search.subject.macs)))
     if search.subject.dialect.form != "cache":
-        free = min(len(lunch), len(found) - 1)  # one has to stay in INT8
+        free = min(len(lunch), len(found) - (not outermost))  # one has to stay in INT8
         search.widen([layer.name for layer in found], free)
         search.narrow(free)
     return found

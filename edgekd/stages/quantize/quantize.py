@@ -113,12 +113,16 @@ def settled(path: Path, inputs: np.ndarray, dialect: Dialect, config: QuantizeCo
             hint=f"give {HELD * step} inputs or more, or name a method",
         )
     held = np.concatenate(judges)
+    others = [i for i in range(len(inputs) // step) if i % every != HELD - 1]
+    some = np.linspace(0, len(others) - 1, min(len(others), JUDGES)).astype(int)
+    rest = np.concatenate([inputs[others[i] * step : (others[i] + 1) * step] for i in some])
     want = onnx_facts.answers(path, held)
     found = candidates(path, inputs, config, lambda number: number % every != HELD - 1)
 
     def grade(ranges: Ranges) -> float:
         with TemporaryDirectory(prefix="edgekd-") as folder:
-            made = convert(path, Path(folder, "int8.onnx"), held, in_pairs(dialect), ranges, floats=config.floats)
+            asked = (in_pairs(dialect), ranges, None, config.floats, config.correct_bias)
+            made = convert(path, Path(folder, "int8.onnx"), rest, *asked)
             return ratio_db(want, onnx_facts.answers(made.file.path, held))
 
     chosen = best(found, grade)
@@ -174,14 +178,19 @@ def convert(
     try:
         made = rounded(model)
         if correct_bias:
-            made = rounded(corrected(prepared(path), made, inputs))
+            made = rounded(corrected(prepared(path), made, inputs, kept))
     except ValueError as error:
         writer = "edgekd" if dialect.form == "pairs" else "onnxruntime"
         raise ModelError(f"{writer} cannot quantize `{path}`: {error}", hint="calibrate this very file") from error
     made.ir_version = original.ir_version
     onnx_files.write(made, target, {entry.key: entry.value for entry in original.metadata_props})
     try_out(path, target, inputs)
-    return onnx_facts.described(target, target.stem, macs)
+    found = onnx_facts.described(target, target.stem, macs)
+    if found.precision != "int8":
+        raise ModelError(
+            f"of `{path}` no layer could be quantized", hint="give an FP32 file: weights of another type are not taken"
+        )
+    return found
 
 
 def integers(

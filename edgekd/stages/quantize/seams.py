@@ -107,10 +107,14 @@ class Extremes:
 def seams(model: onnx.ModelProto) -> Iterator[Seam]:
     """All seams, in the order of the file. The constants of `model` must be folded."""
     graph = graph_of(model)
+    nodes = {node.output[0]: node for node in model.graph.node}
     for node in model.graph.node:
         made = maker(graph, node)
         way = way_of(graph, made.tensor, made.axis) if made else None
-        if made and way:
+        if not made or not way:
+            continue
+        taken = {graph.constants[nodes[p.node].input[p.position]].shape[p.axis] * p.groups for p in way.takers}
+        if taken == {made.size}:  # a single number in front is no scale of channels
             yield Seam(made, way)
 
 

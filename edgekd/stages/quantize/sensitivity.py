@@ -110,7 +110,9 @@ def ranked(subject: Subject, exam: Exam, outermost: bool) -> list[Layer]:
     sizes = onnx_facts.shapes(graph, spec, subject.answering)
     fixed = chosen(graph.graph, subject.base)
     free = {name: node for name, node in layers(graph.graph).items() if node.output[0] not in fixed}
-    looked = dict.fromkeys(list(free)[i] for i in ((0, -1) if outermost else range(len(free)))) if free else {}
+    looked = list(free)
+    if outermost:
+        looked = [looked[0], looked[-1]] if len(free) > 2 else []  # one has to stay in INT8
     found = []
     with (
         TemporaryDirectory(prefix="edgekd-") as folder,

@@ -6,6 +6,7 @@ leads back to its build. What ships is the file that was measured with that entr
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -50,10 +51,10 @@ def certify(record: Record, out: Path, files: tuple[File, ...], steps: Mapping[s
     steps, by their path below `out` -> sha256. Gives back the manifest's path."""
     told = provenance(record)
     stamp = digest(told)
-    shipped = [ship(bench, contestant, stamp, out) for bench, contestant in chosen(record)]
-    for old in sorted((out / SHIPS).glob("*/*")):
+    shipped = [path for bench, contestant in chosen(record) for path in ship(bench, contestant, stamp, out)]
+    for old in (out / name for name in listed_before(out) if name.startswith(f"{SHIPS}/")):
         if old not in shipped:
-            old.unlink()
+            old.unlink(missing_ok=True)
     names = [file.path.name for file in files] + [str(path.relative_to(out)) for path in shipped]
     names += [str(path.relative_to(out)) for path in sorted(out.glob(BUNDLES))]
     hashes = {name: File.of(out / name).sha256 for name in names}
@@ -113,15 +114,31 @@ def chosen(record: Record) -> Iterator[tuple[BenchResult, Contestant]]:
         yield from ((bench, m.contestant) for m in bench.measurements if m.contestant.name == bench.ships)
 
 
-def ship(bench: BenchResult, contestant: Contestant, stamp: str, out: Path) -> Path:
-    """The measured file with the stamp in its metadata, where people look for it."""
+def ship(bench: BenchResult, contestant: Contestant, stamp: str, out: Path) -> list[Path]:
+    """The measured file with the stamp in its metadata, where people look for it; beside it the calibration cache of
+    one that is float itself, and INT8 on its device."""
     import onnx
 
     model = onnx.load(str(contestant.file.path))
-    target = out / SHIPS / bench.target / f"{contestant.name.replace(' ', '-').replace('/', '-')}.onnx"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    put(target, onnx_files.content(model, {**props(model), STAMP: stamp}))
-    return target
+    network = contestant.name.removesuffix(f" {contestant.precision}")
+    home, name = out / SHIPS / bench.target, network.replace(" ", "-").replace("/", "-")
+    home.mkdir(parents=True, exist_ok=True)
+    stored = onnx_facts.facts(contestant.file.path).precision
+    made = [home / f"{name}-{stored}.onnx"]
+    put(made[0], onnx_files.content(model, {**props(model), STAMP: stamp}))
+    if contestant.precision == "int8" != stored:
+        for cache in (out / f"bundle-{bench.target}" / "models").glob(f"{glob.escape(network)}.cache"):
+            made.append(home / cache.name)
+            put(made[-1], cache.read_bytes())
+    return made
+
+
+def listed_before(out: Path) -> list[str]:
+    """The files of the manifest that is there already; none if it cannot be read."""
+    try:
+        return sorted(read(out)["files"])
+    except ConfigError:
+        return []
 
 
 def props(model: Any) -> dict[str, str]:
@@ -161,8 +178,12 @@ def verify(folder: Path) -> Checked:
     """Every file of the build in `folder` against its manifest. Raises ConfigError if there is no manifest."""
     found = read(folder)
     findings = []
-    if digest(found["provenance"]) != found["sha256"]:
+    sound = digest(found["provenance"]) == found["sha256"]
+    if not sound:
         findings.append(Finding(NAME, "what it says of the build is not what its hash was taken of"))
+    for path in sorted((folder / SHIPS).glob("*/*.onnx")):
+        if str(path.relative_to(folder)) not in found["files"]:
+            findings.append(Finding(str(path.relative_to(folder)), "was not made by this build"))
     waiting = {**found["files"], **found["steps"]}
     absent = sorted({part for part in map(part_of, waiting) if part and not (folder / part).is_dir()})
     waiting = {name: sha256 for name, sha256 in waiting.items() if part_of(name) not in absent}
@@ -171,10 +192,11 @@ def verify(folder: Path) -> Checked:
         looked |= waiting
         wrong = [f for name, sha256 in waiting.items() for f in compared(folder, name, sha256)]
         findings += wrong
-        sound = waiting.keys() - {f.file for f in wrong}
-        inside = {k: v for name in sorted(sound) for k, v in listed(folder, name).items()}
+        whole = waiting.keys() - {f.file for f in wrong}
+        inside = {k: v for name in sorted(whole) for k, v in listed(folder, name).items()}
         waiting = {name: sha256 for name, sha256 in inside.items() if name not in looked}
-    findings += stamps(folder, found, {f.file for f in findings})
+    if sound:
+        findings += stamps(folder, found, {f.file for f in findings})
     return Checked(folder, found["sha256"], len(looked), tuple(absent), tuple(findings))
 
 
@@ -221,9 +243,9 @@ def outputs(value: Any) -> Iterator[tuple[str, str]]:
 def stamps(folder: Path, found: Mapping[str, Any], known: set[str]) -> Iterator[Finding]:
     """What ships must carry the hash of this manifest, and be the measured file otherwise."""
     for target, told in found["provenance"]["measured"].items():
-        for name in sorted(
-            name for name in found["files"] if name.startswith(f"{SHIPS}/{target}/") and name not in known
-        ):
+        for name in sorted(found["files"].keys() - known):
+            if not (name.startswith(f"{SHIPS}/{target}/") and name.endswith(".onnx")):
+                continue
             try:
                 model = onnx_facts.load(folder / name)
             except EdgekdError as error:
