@@ -11,9 +11,7 @@ DIALECTS = {
     "ort-arm": Dialect("int8", symmetric_activation=False),
     # OpenVINO 2026.4 runs a ResNet-20 as fast in any Q/DQ form with unsigned activations (0.18 ms on a Zen 5 core,
     # medians of 500 calls each), and slower with signed symmetric ones (0.22 ms). NNCF 3.4, with the same calibration
-    # images, makes nothing faster or more accurate: a ResNet-14 on CIFAR-10 takes 0.117 to 0.118 ms in all five forms,
-    # agrees with its FP32 form on 99.3 % of the test images and scores 81.8 % (FP32 81.9 %); NNCF's IR 99.0 and 81.7 %
-    # (mixed 98.7 and 81.8 %), NNCF's ONNX 97.7 and 81.6 % (mixed 97.4 and 81.6 %); benchmarks/quantizers.py
+    # images, makes nothing faster or more accurate: benchmarks/quantizers.py, docs/results.md
     "openvino": Dialect("uint8", symmetric_activation=False),
     "tensorrt": Dialect("int8", symmetric_activation=True, form="pairs"),
     "dla": Dialect("int8", symmetric_activation=True, per_channel=False, form="cache"),
