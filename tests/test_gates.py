@@ -7,11 +7,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from edgekd.core import plugins
 from edgekd.core.artifact import File
 from edgekd.core.errors import ConfigError
 from edgekd.core.gate import Gate
 from edgekd.core.trial import BenchResult, Contestant, Interval, Measurement, Trial
 from edgekd.metrics.p50_ms import P50Ms
+from edgekd.stages.bench.benchmark import BenchConfig
 from edgekd.stages.bench.gates import check, decide, exit_code, junit
 from edgekd.stages.bench.intervals import intervals, lost, resampled, share
 
@@ -161,6 +163,15 @@ def test_a_mistaken_gate_is_told():
             Gate("drop", **limits)
     with pytest.raises(ConfigError, match="nan"):
         Gate("drop", at_most=float("nan"))
+
+
+def test_every_latency_has_an_interval_where_each_session_has_few_calls():
+    ns, none = np.random.default_rng(0).gamma(100, 1e4, (30, 35)), np.zeros(0)
+    trial = Trial(ns.ravel(), np.repeat(np.arange(30), 35), none, none, none)
+    timed = [name for name in BenchConfig().metrics if "ns" in plugins.load("metrics", name).reads]
+    found = intervals(trial, none, timed, seed=0, sessions=6)
+    assert list(found) == timed and {"p99_ms", "p99_at_most_ms"} <= set(timed)
+    assert all(one.low <= one.mid <= one.high for one in found.values())
 
 
 @pytest.mark.parametrize("spread", [0.005, 0.01])

@@ -81,7 +81,7 @@ def resampled(metric: Metric, trial: Trial, seed: int, sessions: int = 1) -> Int
 
     seen = np.array([read(blocks[picks]) for picks in random.integers(len(blocks), size=(RESAMPLES, len(blocks)))])
     found = Interval(nearest_rank(seen, 2.5), metric(trial), nearest_rank(seen, 97.5))
-    return statistics.widened(found, blocks, read, sessions)
+    return statistics.widened(found, blocks, sessions)
 
 
 def jackknifed(metric: Metric, trial: Trial) -> Interval:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -56,12 +55,13 @@ def middle(ns: np.ndarray, seed: int, sessions: int = 1) -> Interval:
     several sessions."""
     picks = np.random.default_rng(seed).integers(len(ns), size=(RESAMPLES, len(ns)))
     seen, mid = np.array([median(ns[blocks]) for blocks in picks]), median(ns)
-    return widened(Interval(nearest_rank(seen, 2.5), mid, nearest_rank(seen, 97.5)), ns, median, sessions)
+    return widened(Interval(nearest_rank(seen, 2.5), mid, nearest_rank(seen, 97.5)), ns, sessions)
 
 
-def widened(found: Interval, ns: np.ndarray, reads: Callable[[np.ndarray], float], sessions: int) -> Interval:
-    """Around its middle, and no narrower than the spread of what `reads` says of each session of (blocks, calls)."""
-    spread = between([reads(part) for part in np.array_split(ns, sessions)])
+def widened(found: Interval, ns: np.ndarray, sessions: int) -> Interval:
+    """Around its middle, and no narrower than what the sessions of (blocks, calls) differ by, in their medians: a
+    process that is slower is so in all of its calls, and has too few of them for a percentile of its own."""
+    spread = between([median(part) for part in np.array_split(ns, sessions)])
     return Interval(min(found.low, found.mid / spread), found.mid, max(found.high, found.mid * spread))
 
 
