@@ -35,7 +35,7 @@ TOLERANCE = 0.03  # of medians
 OVERHEAD_US = 10.0
 WARMUP_S = 1.0
 CALLS = 1050
-BARE = """
+WARM = """
 import sys, time
 import numpy as np, onnxruntime
 path, inputs, calls, seconds = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
@@ -46,6 +46,8 @@ feeds = [{session.get_inputs()[0].name: np.array(x[None])} for x in np.load(inpu
 end = time.perf_counter() + seconds
 while time.perf_counter() < end:
     session.run(None, feeds[0])
+"""
+BARE = """
 times = []
 for i in range(calls):
     feed = feeds[i % len(feeds)]
@@ -55,17 +57,8 @@ for i in range(calls):
 print("median_ns", sorted(times)[calls // 2])
 """
 LOADGEN = """
-import os, re, sys, time
+import os, re
 import mlperf_loadgen as lg
-import numpy as np, onnxruntime
-path, inputs, calls, seconds = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-options = onnxruntime.SessionOptions()
-options.intra_op_num_threads = 1
-session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-feeds = [{session.get_inputs()[0].name: np.array(x[None])} for x in np.load(inputs, mmap_mode="r")]
-end = time.perf_counter() + seconds
-while time.perf_counter() < end:
-    session.run(None, feeds[0])
 def issue(samples):
     for sample in samples:
         session.run(None, feeds[sample.index])
@@ -144,12 +137,12 @@ def runner_us(path: Path, inputs: File) -> float:
 
 
 def bare_us(path: Path, inputs: File) -> float:
-    return spoken([BARE, str(path), str(inputs.path), str(CALLS), str(WARMUP_S)])
+    return spoken([WARM + BARE, str(path), str(inputs.path), str(CALLS), str(WARMUP_S)])
 
 
 def loadgen_us(path: Path, inputs: File) -> float:
     with tempfile.TemporaryDirectory() as out:
-        return spoken([LOADGEN, str(path), str(inputs.path), str(CALLS), str(WARMUP_S), out])
+        return spoken([WARM + LOADGEN, str(path), str(inputs.path), str(CALLS), str(WARMUP_S), out])
 
 
 def spoken(words: list[str]) -> float:

@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgekd.core import onnx_facts, progress
-from edgekd.stages.quantize.calibrate import portions
 from edgekd.stages.quantize.explicit import WEIGHTED, channel_axis
 from edgekd.stages.quantize.graph import Graph, graph_of, replace_constant, value
+from edgekd.stages.quantize.stream import streamed
 
 if TYPE_CHECKING:
     import onnx
@@ -113,24 +110,14 @@ def mean_errors(
         twin = helper.make_node(node.op_type, [node.input[0], f"{node.input[1]}.error"], [end])
         twin.attribute.extend(node.attribute)
         twins.graph.node.append(twin)
-    del twins.graph.output[:]
-    twins.graph.output.extend(onnx.ValueInfoProto(name=end) for end in ends)
     sums: dict[str, np.ndarray | float] = dict.fromkeys(ends, 0.0)
     count = 0
-    with TemporaryDirectory(prefix="edgekd-") as folder:
-        onnx.save(twins, f"{folder}/twins.onnx")
-        running = onnx_facts.session(Path(folder, "twins.onnx"))
-        entering = running.get_inputs()[0]
-        step = entering.shape[0] if isinstance(entering.shape[0], int) else 1
-        with progress.bar("inputs to correct biases by", len(inputs)) as advance:
-            for part in portions(inputs[: len(inputs) // step * step], step):
-                answers = running.run(list(ends), {entering.name: np.asarray(part)})
-                for (end, node), answer in zip(ends.items(), answers, strict=True):
-                    axis = answer.ndim - 1 if node.op_type == "MatMul" else 1
-                    rest = tuple(i for i in range(answer.ndim) if i != axis)
-                    sums[end] = sums[end] + answer.mean(rest, dtype=np.float64)
-                count += 1
-                advance(step)
+    for seen in streamed(twins, list(ends), inputs, "inputs to correct biases by"):
+        count += 1
+        for end, answer in seen.items():
+            axis = answer.ndim - 1 if ends[end].op_type == "MatMul" else 1
+            rest = tuple(i for i in range(answer.ndim) if i != axis)
+            sums[end] = sums[end] + answer.mean(rest, dtype=np.float64)
     return {node.output[0]: np.asarray(sums[end]) / count for end, node in ends.items()}
 
 

@@ -6,21 +6,21 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgekd.core import onnx_facts, onnx_files, progress
+from edgekd.core import onnx_facts, onnx_files
 from edgekd.core.artifact import File
 from edgekd.core.errors import ConfigError, ModelError, ParityError
 from edgekd.core.onnx_facts import Exported
 from edgekd.core.target import Dialect
-from edgekd.stages.quantize.calibrate import load_calibration, portions
+from edgekd.stages.quantize.calibrate import load_calibration
 from edgekd.stages.quantize.equalize import equalizable, equalizing
 from edgekd.stages.quantize.ranges import QuantizeConfig, check_batches, prepared, quantizable
 from edgekd.stages.quantize.seams import Extremes, scale
 from edgekd.stages.quantize.smooth import smoothable, smoothing
+from edgekd.stages.quantize.stream import streamed
 
 if TYPE_CHECKING:
     import onnx
@@ -115,29 +115,13 @@ def apply(networks: Sequence[onnx.ModelProto], factors: Mapping[str, np.ndarray]
 
 def extremes(network: onnx.ModelProto, axes: Mapping[str, int], inputs: np.ndarray) -> dict[str, Extremes]:
     """The extremes of tensors, by name, along the axes that count their channels. One batch is in memory."""
-    import onnx
-
-    if not axes:
-        return {}
-    watched = onnx.ModelProto()
-    watched.CopyFrom(network)
-    del watched.graph.output[:]
-    watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in axes)
     found: dict[str, Extremes] = {}
-    with TemporaryDirectory(prefix="edgekd-") as folder:
-        onnx.save(watched, f"{folder}/watched.onnx")
-        running = onnx_facts.session(Path(folder, "watched.onnx"))
-        entering = running.get_inputs()[0]
-        step = entering.shape[0] if isinstance(entering.shape[0], int) else 1
-        with progress.bar("inputs to prepare by", len(inputs)) as advance:
-            for part in portions(inputs[: len(inputs) // step * step], step):
-                answers = running.run(list(axes), {entering.name: np.asarray(part)})
-                for (name, axis), values in zip(axes.items(), answers, strict=True):
-                    rest = tuple(i for i in range(values.ndim) if i != axis % values.ndim)
-                    low, high = values.min(rest).astype(np.float64), values.max(rest).astype(np.float64)
-                    known = found.get(name, Extremes(low, high))
-                    found[name] = Extremes(np.minimum(known.lowest, low), np.maximum(known.highest, high))
-                advance(step)
+    for seen in streamed(network, list(axes), inputs, "inputs to prepare by") if axes else ():
+        for name, values in seen.items():
+            rest = tuple(i for i in range(values.ndim) if i != axes[name] % values.ndim)
+            low, high = values.min(rest).astype(np.float64), values.max(rest).astype(np.float64)
+            known = found.get(name, Extremes(low, high))
+            found[name] = Extremes(np.minimum(known.lowest, low), np.maximum(known.highest, high))
     return found
 
 
