@@ -91,7 +91,7 @@ def kind(verdict: str) -> str:
 
 def calibrated(path: Path, place: Path, target: str) -> int:
     """The length of the operator with which `place` takes 3 % longer than `path`."""
-    long, length, seen = BenchConfig(sessions=20, blocks=100, warmup_s=0.3, metrics=("p50_ms",)), 2000, 0.0
+    long, length, seen = BenchConfig(sessions=20, blocks=300, warmup_s=0.3, metrics=("p50_ms",)), 2000, 0.0
     for _ in range(6):
         slower(path, place, length)
         result = once((path, place), target, long)

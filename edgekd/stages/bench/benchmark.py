@@ -35,8 +35,8 @@ METRICS = ("top1", "agreement", "delta1", "rmse", "deviation", *TIMES)
 class BenchConfig(Settings):
     """What is timed, how much of it, and what is read from it. The first batch and scope make the main table."""
 
-    blocks: int = 30  # rounds; in each, every contestant has one block
-    calls: int = 35  # timed calls of a block
+    blocks: int = 90  # rounds; in each, every contestant has one block
+    calls: int = 12  # timed calls of a block; few, so that a round is over before the machine changes its speed
     warmup_s: float = 0.5  # at least, for each contestant in each session
     seed: int = 0  # of the order within rounds, and of the intervals
     metrics: tuple[str, ...] = METRICS
@@ -50,7 +50,7 @@ class BenchConfig(Settings):
         if self.blocks < 3:
             raise ConfigError(f"bench.blocks is {self.blocks}", hint="use 3 or more: intervals come from whole blocks")
         if self.calls < 1:
-            raise ConfigError(f"bench.calls is {self.calls}", hint="use 1 or more; 35 is usual")
+            raise ConfigError(f"bench.calls is {self.calls}", hint="use 1 or more; 12 is usual")
         if self.warmup_s < 0:
             raise ConfigError(f"bench.warmup_s is {self.warmup_s}", hint="use 0 or more seconds; 0.5 is usual")
         if self.sessions < 1:
@@ -181,9 +181,9 @@ def protocol(called: Scenario, target: Target, config: BenchConfig) -> dict[str,
     told: dict[str, Any] = {"batch": called.batch, "scope": called.holds(target.runtime)}
     if called.scope == "cold":
         return told
-    told |= {"blocks": config.blocks, "calls": config.calls, "seed": config.seed}
+    told |= {"blocks": called.rounds(config), "calls": config.calls, "seed": config.seed}
     if called.rate:
-        told |= {"calls_due_per_s": called.rate, "calls": called.protocol(config.calls)["calls"]}
+        told |= {"calls_due_per_s": called.rate, "calls": called.protocol(config)["calls"]}
     if called.throughput:
         told["calls"] = "as many as take about 0.2 s, several under way at once; images a second are of whole blocks"
     return told
@@ -206,7 +206,8 @@ def read_back(result: dict[str, Any]) -> dict[str, Any]:
         "warmup_s": result["protocol"]["warmup_s"],
         "warmup_calls": result["protocol"]["warmup_calls"],
         "percentiles": "nearest rank",
-        "intervals": f"95 %, bootstrap of paired blocks, {statistics.RESAMPLES} resamples; of ratios over several "
+        "ratios": "median over rounds of the ratios of block medians; of several sessions, their geometric mean",
+        "intervals": f"95 %, bootstrap of rounds, {statistics.RESAMPLES} resamples; of ratios over several "
         "sessions no narrower than Student's of their logarithms",
         "cold_start_ms": {m["name"]: {k: m[f"{k}_ms"] for k in STARTS if f"{k}_ms" in m} for m in result["models"]},
     }

@@ -52,7 +52,7 @@ def job(
         numbers = {key: getattr(config, key) for key in ("blocks", "calls", "warmup_s", "seed")}
         asked["protocol"] = numbers | {"warmup_calls": WARMUP_CALLS, "spinning": True}
     if config and scenario:
-        asked |= scenario.asked() | {"protocol": asked["protocol"] | scenario.protocol(config.calls)}
+        asked |= scenario.asked() | {"protocol": asked["protocol"] | scenario.protocol(config)}
     return asked
 
 

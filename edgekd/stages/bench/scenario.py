@@ -11,6 +11,7 @@ from edgekd.core.errors import ConfigError
 if TYPE_CHECKING:
     from edgekd.stages.bench.benchmark import BenchConfig
 
+LONG_ROUNDS = 30  # at most, where each block takes long
 Scope = Literal["copies", "model", "preprocessing", "cold"]
 NAMES: dict[str, str] = {"model": "model only", "preprocessing": "with preprocessing", "cold": "cold start"}
 COPIES = {  # that a plain call makes, as the runner calls each runtime
@@ -66,9 +67,14 @@ class Scenario:
         """What a job of the runner says of it."""
         return {"batch": self.batch, "scope": self.scope}
 
-    def protocol(self, calls: int) -> dict[str, Any]:
-        """What the job's protocol says of it, where blocks have `calls` calls; a block at a rate takes a second."""
+    def rounds(self, config: BenchConfig) -> int:
+        """Fewer where a block takes long: a second at a rate, 0.2 s of throughput."""
+        return min(config.blocks, LONG_ROUNDS) if self.rate or self.throughput else config.blocks
+
+    def protocol(self, config: BenchConfig) -> dict[str, Any]:
+        """What the job's protocol says of it: at a rate, as many calls as are due in a second, or as `config` has."""
         if self.rate:
+            calls = -(-config.blocks * config.calls // self.rounds(config))
             return {"rate": self.rate, "calls": max(calls, round(self.rate))}
         return {"throughput": True} if self.throughput else {}
 

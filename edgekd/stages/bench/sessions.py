@@ -48,18 +48,19 @@ def timed(
     Raises what `runner.run` raises, and StaleArtifact where a file is not the recorded one.
     """
     job = runner.job(models, target, inputs, config, floats, scenario) | dict(asked)
-    shares = [len(part) for part in np.array_split(np.arange(config.blocks), in_force(config))]
+    rounds = scenario.rounds(config)
+    shares = [len(part) for part in np.array_split(np.arange(rounds), in_force(config, rounds))]
     results, parts, first = [], [], 0
-    for number, rounds in enumerate(shares):
+    for number, share in enumerate(shares):
         home, told = (out, label) if len(shares) == 1 else (out / f"session-{number}", f"{label}, {number + 1}")
-        protocol = job["protocol"] | {"blocks": rounds, "seed": (config.seed + number) % 2**32}
-        results.append(runner.run("bench", home, job | {"protocol": protocol}, told, rounds))
+        protocol = job["protocol"] | {"blocks": share, "seed": (config.seed + number) % 2**32}
+        results.append(runner.run("bench", home, job | {"protocol": protocol}, told, share))
         runner.same_files(models, results[-1])
         with np.load(home / SAMPLES) as stored:
             part = {key: stored[key] for key in stored.files}
         part["session"] = np.full(len(part["ns"]), number, np.int32)
         part["block"] += first
-        first += rounds
+        first += share
         parts.append(part)
         (home / SAMPLES).unlink()
     names = parts[0].pop("names")
@@ -70,9 +71,9 @@ def timed(
     return Timed(ns, late, len(shares), merged(results), File.of(out / SAMPLES))
 
 
-def in_force(config: BenchConfig) -> int:
+def in_force(config: BenchConfig, rounds: int) -> int:
     """How many processes the rounds are enough for."""
-    return max(1, min(config.sessions, config.blocks // ROUNDS))
+    return max(1, min(config.sessions, rounds // ROUNDS))
 
 
 def by_model(

@@ -21,19 +21,20 @@ LOAD_PER_CORE = 0.5
 
 
 def ratio(base: np.ndarray, other: np.ndarray, seed: int, sessions: int = 1) -> Interval:
-    """How many times faster `other` is: the median of `base` over its own, with a 95 % interval.
+    """How many times faster `other` is: the median over rounds of the ratios of block medians, with a 95 % interval.
 
-    Both are (blocks, calls) nanoseconds. Blocks are resampled, not calls, for calls next to each other are alike;
-    the same blocks for both, for block b of both was measured within one round. A percentile bootstrap (Efron).
+    Both are (blocks, calls) nanoseconds; block b of both was measured within one round. A machine that has two speeds,
+    by what its neighbours do, has one of them in most rounds, so their ratios hold where ratios of overall medians
+    compare one speed with the other. Rounds are resampled: a percentile bootstrap (Efron).
     Of several sessions, consecutive blocks each, it is the geometric mean of their ratios; the interval is no narrower
     than Student's of the sessions, for they differ by more than blocks of one do: by where memory lies.
     """
+    rounds = np.median(base, axis=1) / np.median(other, axis=1)
     random, ratios, own_ratios = np.random.default_rng(seed), np.ones(RESAMPLES), []
-    for part in np.array_split(np.arange(len(base)), sessions):
-        own, others = base[part], other[part]
-        picks = random.integers(len(part), size=(RESAMPLES, len(part)))
-        ratios *= np.array([median(own[blocks]) / median(others[blocks]) for blocks in picks]) ** (1 / sessions)
-        own_ratios.append(median(own) / median(others))
+    for own in np.array_split(rounds, sessions):
+        picks = random.integers(len(own), size=(RESAMPLES, len(own)))
+        ratios *= np.median(own[picks], axis=1) ** (1 / sessions)
+        own_ratios.append(float(np.median(own)))
     mid = own_ratios[0] if sessions == 1 else float(np.exp(np.mean(np.log(own_ratios))))
     low, high = min(nearest_rank(ratios, 2.5), mid), max(nearest_rank(ratios, 97.5), mid)
     spread = between(own_ratios)
