@@ -24,14 +24,18 @@ COPY edgekd edgekd
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python -m pip --python /opt/edgekd/bin/python install $PIP_FLAGS --no-deps .
 
-# what the image holds, and under which licences
-FROM install AS inventory
+FROM ${PYTHON} AS tools
+ARG PIP_FLAGS=""
 COPY deploy/image/tools.txt ./
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    python -m venv /opt/tools && /opt/tools/bin/pip install $PIP_FLAGS -r tools.txt
+    python -m venv /opt/tools && /opt/tools/bin/pip install --no-cache-dir $PIP_FLAGS -r tools.txt
+
+# what the image holds, and under which licences
+FROM install AS inventory
+COPY --from=tools /opt/tools /opt/tools
 RUN mkdir /inventory \
  && /opt/tools/bin/cyclonedx-py environment --output-reproducible --of JSON -o /inventory/sbom.cdx.json /opt/edgekd/bin/python \
- && /opt/tools/bin/pip-licenses --python=/opt/edgekd/bin/python --format=markdown --output-file=/inventory/licences.md \
+ && /opt/tools/bin/pip-licenses --with-system --python=/opt/edgekd/bin/python --format=markdown --output-file=/inventory/licences.md \
  && dpkg-query --show --showformat '${Package} ${Version}\n' > /inventory/debian.txt
 
 # docker build --target check . runs the project's own tests
@@ -51,6 +55,7 @@ RUN python3 -c 'import numpy' 2>/dev/null \
  || { apt-get update && apt-get install -y --no-install-recommends python3 python3-numpy && rm -rf /var/lib/apt/lists/*; }
 COPY deploy/runner/*.py /opt/edgekd/
 ENV HOME=/tmp PYTHONDONTWRITEBYTECODE=1
+RUN install -d -m 1777 /job
 WORKDIR /job
 USER 1000
 ENTRYPOINT ["python3", "/opt/edgekd/edgekd_runner.py"]
@@ -67,6 +72,7 @@ COPY --from=install /opt/edgekd /opt/edgekd
 COPY --from=inventory /inventory /usr/share/doc/edgekd
 # any uid, named or not, with a read-only root: all that is written goes to /tmp and /job
 ENV PATH=/opt/edgekd/bin:$PATH HOME=/tmp USER=edgekd MPLCONFIGDIR=/tmp/matplotlib PYTHONDONTWRITEBYTECODE=1
+RUN install -d -m 1777 /job
 WORKDIR /job
 USER 1000
 ENTRYPOINT ["edgekd"]

@@ -5,7 +5,7 @@ PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint figures clean
+.PHONY: demo test image-test torture audit figures clean
 
 demo: $(VENV)/installed
 	$(BIN)/edgekd build --target cpu
@@ -15,6 +15,19 @@ test: $(VENV)/tested
 	$(BIN)/ruff format --check edgekd tests deploy benchmarks
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# builds the Dockerfile with buildah and runs the images; needs root, buildah and debootstrap
+image-test: $(VENV)/tested
+	EDGEKD_IMAGE_TEST=1 $(BIN)/python -m pytest -s tests/test_image.py
+
+# breaks builds in every way; about half an hour. As root also with full disks
+torture: $(VENV)/installed
+	$(BIN)/python -m tests.torture
+
+# known weaknesses of the pinned packages, where an index of them can be reached
+audit: $(VENV)/tested
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) pip-audit
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 figures: $(VENV)/installed
 	$(BIN)/python benchmarks/figures.py

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--max-drop", type=float, default=0.5)
     parser.add_argument("--per-tensor", action="store_true", help="edgekd: one scale for each weight; harder")
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy_control"))
-    parser.add_argument("--blocks", type=int, default=30)
+    parser.add_argument("--blocks", type=int, default=90)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     spec = onnx_facts.facts(asked.model).input

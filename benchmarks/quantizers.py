@@ -42,7 +42,7 @@ def main() -> None:
     for name in ("calib", "inputs", "labels"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/quantizers"))
-    parser.add_argument("--blocks", type=int, default=30)
+    parser.add_argument("--blocks", type=int, default=90)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     images = load_calibration(asked.calib, facts(asked.model).input)
