@@ -181,12 +181,11 @@ def test_lists_what_it_holds_with_licences(image: Image) -> None:
 
 def test_a_change_of_code_does_not_install_torch_again(tools: Buildah, image: Image, context: Path) -> None:
     with (context / "edgekd" / "__init__.py").open("a") as file:
-        file.write("# changed\n")
+        file.write(f"# {time.time()}\n")
     started = time.monotonic()
     told = tools.build("edgekd-changed", context, "--build-arg", "VERSION=1.2.3")
     print(f"\nimage: built again after a change of code in {time.monotonic() - started:.0f} s")
-    dependencies, code = told.split("COPY README.md", 1)
-    assert "Using cache" in dependencies and "Collecting torch" not in told and "Processing" in code
+    assert "Collecting torch" not in told and "Processing /src" in told
 
 
 def test_the_boards_image_holds_the_runner_and_says_what_it_lacks(
@@ -194,5 +193,5 @@ def test_the_boards_image_holds_the_runner_and_says_what_it_lacks(
 ) -> None:
     tools.build("edgekd-runner", context, "--target", "runner", "--build-arg", f"BOARD={BASE}")
     done = tools.image("edgekd-runner").run(tmp_path / "job", "doctor")
-    assert done.returncode == 0, done.stderr
-    assert "tensorrt" in done.stdout
+    assert done.returncode == 1 and json.loads(done.stdout), done.stderr  # 1: something is missing
+    assert "No module named 'tensorrt'" in done.stdout
