@@ -1,8 +1,17 @@
 """edgekd: from a trained teacher to a measured INT8 student on an edge device."""
 
 import os
+import sys
 
 __version__ = "0.1.0"
 
-# before anything imports it: ONNX Runtime would keep a log of events for its maker in the home folder
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# No byte of telemetry leaves a process that imports edgekd, nor those that it starts: they inherit the environment.
+# Set before anything imports what would send it; tests/test_telemetry.py proves it for whole builds.
+TELEMETRY_OFF = {
+    "ORT_DISABLE_TELEMETRY": "1",  # ONNX Runtime: 1.31 keeps events in the home folder, and posts them after seconds
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # Hugging Face's hub, where a user's own code imports it
+    "DO_NOT_TRACK": "1",  # what else keeps to it
+}
+os.environ.update(TELEMETRY_OFF)
+# OpenVINO sends a message at every import, and NNCF with each call, if they find this package; without it they do not
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]

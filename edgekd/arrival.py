@@ -8,13 +8,13 @@ from pathlib import Path
 from edgekd.configuration import BuildConfig
 from edgekd.core import plain
 from edgekd.core.artifact import File
-from edgekd.core.errors import ConfigError
+from edgekd.core.errors import ConfigError, StaleArtifact
 from edgekd.core.ledger import Ledger
 from edgekd.core.record import Record
 from edgekd.delivery import named, read_off, shipped
 from edgekd.stages.bench.gates import decide
 from edgekd.stages.device.bundle import MANIFEST, Bundle
-from edgekd.stages.device.results import RESULT, read, taken
+from edgekd.stages.device.results import RESULT, Returned, read, taken
 from edgekd.stages.report import manifest
 from edgekd.stages.report.publish import Rendered, publish, rendered, replace_files, templates
 from edgekd.stages.report.report import read as read_report
@@ -26,18 +26,28 @@ def import_result(path: Path, out: Path | None) -> tuple[Record, Path]:
     """The record of the build in `out` with the measurements of a result.json, and its folder; its report is new.
 
     Without `out`, the build is looked for in `runs` and around the result. The result is kept in the bundle's folder
-    there, where the next build finds it. Raises ConfigError where no build made its bundle, StaleArtifact where it is
-    not whole, EdgekdError where nothing valid was measured.
+    there, where the next build finds it. Raises ConfigError where no build made its bundle, or it is not as the device
+    wrote it, EdgekdError where nothing valid was measured.
     """
     made = origin(path, out)
-    returned = taken(path.parent, made)
+    try:
+        return added(path, made, taken(path.parent, made))
+    except StaleArtifact as error:  # of a file that the user named
+        raise ConfigError(error.what, hint=error.hint) from None
+
+
+def added(path: Path, made: Bundle, returned: Returned) -> tuple[Record, Path]:
+    """The record with what came back from the device at `path`, its folder; its report is written anew."""
     folder, name = made.folder.parent, str(made.read()["target"])
     ledger = Ledger(folder / "steps")
     with ledger.locked():
         record = read_report(folder / "report.json")
         config = plain.load(BuildConfig, record.config)
         bench = read_off(ledger, name, made, returned, config.bench)
-        bench = shipped(bench, named(config.targets)[name], record.students)
+        target = named(config.targets).get(name)
+        if target is None:
+            raise ConfigError(f"the build in `{folder}` has no target `{name}`", hint="build again: it was changed")
+        bench = shipped(bench, target, record.students)
         others = [old for old in record.benches if old.target != name or not old.scenario]  # those were of this machine
         benches = tuple(bench if old.target == name else old for old in others)
         record = replace(
@@ -65,7 +75,7 @@ def origin(path: Path, out: Path | None) -> Bundle:
     found = [File.of(p) for place in places for p in sorted(place.glob(f"bundle-*/{MANIFEST}"))]
     for listing in found:
         if listing.sha256 == wanted and (listing.path.parent.parent / "report.json").is_file():
-            return Bundle(listing)
+            return whole(Bundle(listing))
     known = ", ".join(f"`{m.path.parent}` is {m.sha256[:12]}" for m in found) or "there is no bundle"
     where = f"`{out}`" if out else f"`{RUNS}`"
     raise ConfigError(
@@ -73,3 +83,12 @@ def origin(path: Path, out: Path | None) -> Bundle:
         hint="a result counts for the files that were measured only; name the folder of their build with --out, or "
         "copy the bundle of this build to the device and run it there",
     )
+
+
+def whole(made: Bundle) -> Bundle:
+    """The bundle. Raises ConfigError where its manifest is none, StaleArtifact where a file of it was changed."""
+    told = made.read()
+    names = [engine[key] for engine in told["engines"] for key in ("model", "expected")]
+    for name in filter(None, [*names, told["inputs"], told["labels"]]):
+        File.checked(made.folder / name, told["files"][name]["sha256"])
+    return made

@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from edgekd import __version__, cli_files
-from edgekd.console import Jetpack, Json, Out, Recipe, Sets, Smoke, Targets, emit, leave, run, say
+from edgekd.console import Jetpack, Json, Out, Recipe, Sets, Smoke, Targets, Visible, emit, leave, run, say
 from edgekd.core.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -24,7 +24,9 @@ def options(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
 ) -> None:
     """From a trained teacher to a measured INT8 student on an edge device."""
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)  # other libraries' logs
+    told = logging.StreamHandler()
+    told.setFormatter(Visible())
+    logging.basicConfig(level=logging.ERROR, handlers=[told])  # other libraries' logs
     logging.getLogger("edgekd").setLevel(logging.ERROR if quiet else logging.INFO)
     if version:
         typer.echo(__version__)
@@ -128,14 +130,46 @@ def import_result(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="The --out folder of a build.")]) -> None:
-    """Write a build's report again from its report.json."""
+def report(
+    folder: Annotated[Path, typer.Argument(help="The --out folder of a build; to compare, also its report.json.")],
+    compare: Annotated[
+        Path | None, typer.Option("--compare", metavar="OLD", help="An older build to find regressions against.")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="Percent by which latency, memory and file may grow before it is a regression.")
+    ] = 5.0,
+    max_drop: Annotated[
+        float, typer.Option(help="Points of accuracy and of agreement that may be lost before it is a regression.")
+    ] = 1.0,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where regressions.md and regressions.json are written.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Write a build's report again from its report.json; or, with --compare OLD, find what became worse since OLD.
+
+    --compare: builds are folders, or their report.json. Of what ships on each target, latency is judged by its ratio to
+    the teacher, which was measured by turns; its median must not contradict that where machines, runtimes and protocols
+    are equal. Exit code 3: something became worse by more than the tolerance, with its whole 95 % interval; 4: that
+    cannot be said (too noisy, other machines, no longer measured); 0: no regression.
+    """
+    from edgekd.stages.report import regressions
+    from edgekd.stages.report.changes import Tolerance
     from edgekd.stages.report.manifest import renew
     from edgekd.stages.report.report import read
     from edgekd.stages.report.report import report as write
 
-    say(f"report: {write(read(folder / 'report.json'), folder)}")
-    renew(folder, ("report.html", "report.md"))
+    if compare is None and (out or json_):
+        raise ConfigError("--out and --json are for comparing", hint="give --compare and an older build")
+    if compare is None:
+        say(f"report: {write(read(folder / 'report.json'), folder)}")
+        renew(folder, ("report.html", "report.md"))
+        return
+    found = regressions.compared(compare, folder, Tolerance(tolerance, max_drop))
+    if out:
+        say(f"regressions: {regressions.publish(found, out)}")
+    emit(json_, regressions.summary(found), regressions.text(found))
+    leave(regressions.exit_code(found))
 
 
 @app.command()
@@ -143,10 +177,10 @@ def verify(folder: Annotated[Path, typer.Argument(help="The --out folder of a bu
     """Find any file of a build that is not as the build left it."""
     from dataclasses import asdict
 
-    from edgekd.stages.report import manifest
+    from edgekd.stages.report import verify as stage
 
-    checked = manifest.verify(folder)
-    emit(json_, asdict(checked) | {"folder": str(folder)}, manifest.described(checked))
+    checked = stage.verify(folder)
+    emit(json_, asdict(checked) | {"folder": str(folder)}, stage.described(checked))
     leave(1 if checked.findings else 0)
 
 

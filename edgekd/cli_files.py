@@ -65,8 +65,10 @@ def quantize(
     json_: Json = False,
 ) -> None:
     """Quantize any ONNX file to INT8. Method auto: the least error against FP32 on inputs held out."""
+    from edgekd.core.onnx_probe import probed
     from edgekd.stages.quantize.by_name import described, facts, quantize_by_name
 
+    probed(model)
     asked = {"equalize": equalize, "smooth": smooth, "correct_bias": correct_bias, "per_channel": per_channel}
     made = quantize_by_name(model, calib, out, target, dialect, jetpack, method, floats=listed(floats), **asked)
     emit(json_, facts(made), described(made))
@@ -91,10 +93,12 @@ def sensitivity(
     """Tell which layers INT8 harms, what it costs to keep them float, and which mix to take."""
     from edgekd.core import plain
     from edgekd.core.ledger import Ledger
+    from edgekd.core.onnx_probe import probed
     from edgekd.stages.quantize.ranges import QuantizeConfig
     from edgekd.stages.quantize.survey import survey
     from edgekd.stages.report.frontier import text, verdict
 
+    probed(model)
     asked = {"equalize": equalize, "smooth": smooth, "correct_bias": correct_bias, "per_channel": per_channel}
     said = {"method": method, "floats": listed(floats), "max_drop": max_drop, **asked}
     with Ledger(out).locked():
@@ -113,8 +117,10 @@ def lint(
     json_: Json = False,
 ) -> None:
     """Tell what TensorRT on a Jetson will refuse in an ONNX file, or run slowly, and the fix."""
+    from edgekd.core.onnx_probe import probed
     from edgekd.stages.lint import lint as stage
 
+    probed(model)
     verdict = stage.lint(model, jetpack)
     emit(json_, stage.as_json(verdict), stage.described(verdict))
     if verdict.count("error"):
@@ -131,9 +137,11 @@ def explain(
     json_: Json = False,
 ) -> None:
     """Tell why an INT8 file is not faster, or not accurate, and the switch to change."""
+    from edgekd.core.onnx_probe import probed
     from edgekd.stages.explain.explanation import as_json, described
     from edgekd.stages.explain.look import explain as look
 
+    probed(*filter(None, (model, reference)))
     told = look(model, reference, images, target, jetpack, threads)
     emit(json_, as_json(told), described(told))
 
@@ -161,8 +169,10 @@ def bench(
     """Compare the latency of any ONNX files on one target."""
     from edgekd.core import plain
     from edgekd.core.ledger import Ledger
+    from edgekd.core.onnx_probe import probed
     from edgekd.stages.bench.compare import asked, comparisons, table
 
+    probed(*models)
     config, counts = asked(smoke, threads, batch, scope, rate, throughput)
     with Ledger(out).locked():
         found = comparisons(out, tuple(models), target, counts, images, labels, config)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from edgekd.core import plain, plugins
@@ -24,6 +26,7 @@ from edgekd.stages.quantize.calibrate import CalibConfig
 from edgekd.stages.quantize.preparation import check_learnt, dialect_for
 from edgekd.stages.quantize.ranges import QuantizeConfig
 
+log = logging.getLogger(__name__)
 SMOKE_METRICS = ("top1", "agreement", "delta1", "rmse", "p50_ms")
 
 
@@ -123,6 +126,8 @@ class BuildConfig(Settings):
 
     def __post_init__(self) -> None:
         at_least(2, images_per_class=self.images_per_class)
+        if Path(self.name).name != self.name:
+            raise ConfigError(f"name is `{self.name}`", hint="use words that can name a folder")
         if not self.targets:
             raise ConfigError("targets is empty", hint="name one, such as `- {use: cpu}`")
         for target in self.targets:
@@ -135,6 +140,8 @@ class BuildConfig(Settings):
 
 def smoke(config: BuildConfig) -> BuildConfig:
     """The same build in seconds: few images, few epochs, few timed calls. Its numbers mean nothing."""
+    if config.gates:
+        log.warning("--smoke leaves the gates out: its numbers mean nothing")
     return replace(
         config,
         name=f"{config.name}-smoke",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from edgekd.core.errors import EdgekdError, os_failure
+from edgekd.core.text import visible
 
 # what several commands ask for
 Recipe = Annotated[str, typer.Argument(help="A recipe (`edgekd list recipes`) or a YAML file.")]
@@ -20,6 +22,15 @@ Jetpack = Annotated[str | None, typer.Option(help="Of the device: 4.6, 5.1, 6.0,
 Smoke = Annotated[bool, typer.Option("--smoke", help="Shrink everything to seconds; the numbers mean nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]
 
+AGAIN = "the same command again goes on where this one stopped"
+
+
+class Visible(logging.Formatter):
+    """A message, with control characters spelled out."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
 
 def say(text: str) -> None:
     """For people: on stderr."""
@@ -28,7 +39,7 @@ def say(text: str) -> None:
 
 def emit(as_json: bool, data: Any, text: str) -> None:
     """For machines or pipes: on stdout."""
-    typer.echo(json.dumps(data) if as_json else text)
+    typer.echo(json.dumps(data) if as_json else visible(text))
 
 
 def leave(code: int) -> None:
@@ -37,8 +48,17 @@ def leave(code: int) -> None:
         raise typer.Exit(code)
 
 
+class Stopped(BaseException):
+    """SIGTERM came: whatever is under way is left as Ctrl-C leaves it, and child processes end."""
+
+
+def stop(number: int, frame: object) -> NoReturn:
+    raise Stopped
+
+
 def run(app: typer.Typer) -> int:
     """Its exit code, once what went wrong has been told."""
+    signal.signal(signal.SIGTERM, stop)  # as the first process of a container it would be deaf to it otherwise
     usage: Any = typer.BadParameter.__mro__[2]  # typer's ClickException, whichever package it comes from
     try:
         return int(app(standalone_mode=False) or 0)
@@ -49,10 +69,14 @@ def run(app: typer.Typer) -> int:
         return int(error.exit_code)
     except OSError as error:
         return failed(os_failure(error), 1)
+    except MemoryError:
+        return failed("memory ran out\n\nhint: give smaller images, fewer of them, or a smaller network", 1)
     except (KeyboardInterrupt, typer.Abort):
-        return failed("interrupted\n\nhint: the same command again goes on where this one stopped", 130)
+        return failed(f"interrupted\n\nhint: {AGAIN}", 130)
+    except Stopped:
+        return failed(f"stopped by SIGTERM\n\nhint: {AGAIN}", 143)
 
 
 def failed(text: str, code: int) -> int:
-    typer.echo(f"error: {text}", err=True)
+    typer.echo(visible(f"error: {text}"), err=True)
     return code

@@ -36,7 +36,7 @@ TORCH_FREE = ["core.ledger", "core.plain", "core.method", "core.config", "core.o
 TORCH_FREE += ["targets.jetson", "targets.tensorrt", "metrics.p99_ms", "cli", "stages.doctor"]
 TORCH_FREE += ["stages.bench.benchmark", "stages.bench.compare", "stages.report.report", "stages.quantize.quantize"]
 TORCH_FREE += ["stages.quantize.calibrate", "stages.device.bundle", "stages.device.ssh", "stages.device.remote"]
-TORCH_FREE += ["stages.device.results"]
+TORCH_FREE += ["stages.device.results", "stages.report.regressions"]
 
 
 def layer(dotted):

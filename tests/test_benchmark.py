@@ -228,7 +228,7 @@ def test_drift_an_aa_that_moved_and_an_unsteady_warm_up_are_told() -> None:
     result = runner_result() | {"models": [{"name": "a", "warmup": {"steady": False}}]}
     assert statistics.doubts(SHAKY, {"a": ns}, result) == (
         "A/A: two sessions of the same file differ by 4.0 % (1.030-1.050)",
-        "drift: the median of a moved by +4.0 % from first to last third",
+        "drift: medians moved from the first to the last third of the rounds: a +4.0 %",
         "warm-up: a had not become steady when timing began",
     )
 

@@ -51,7 +51,11 @@ def job(tmp_path: Path, code: int, **inputs: str) -> tuple[int, Path]:
         path = f"{tmp_path}:{os.environ['PATH']}"
         words = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]]
         done = subprocess.run(
-            words, cwd=tmp_path, env=given | files | {"PATH": path, "WANTED": str(code)}, capture_output=True, check=False
+            words,
+            cwd=tmp_path,
+            env=given | files | {"PATH": path, "WANTED": str(code)},
+            capture_output=True,
+            check=False,
         )
         ended = done.returncode
         for line in (tmp_path / "output").read_text().splitlines():
@@ -60,7 +64,9 @@ def job(tmp_path: Path, code: int, **inputs: str) -> tuple[int, Path]:
     return ended, tmp_path
 
 
-@pytest.mark.parametrize(("code", "undecided", "ended"), [(0, "fail", 0), (1, "fail", 1), (2, "pass", 2), (3, "pass", 3)])
+@pytest.mark.parametrize(
+    ("code", "undecided", "ended"), [(0, "fail", 0), (1, "fail", 1), (2, "pass", 2), (3, "pass", 3)]
+)
 def test_the_job_ends_as_the_build_does(tmp_path: Path, code: int, undecided: str, ended: int) -> None:
     assert job(tmp_path, code, undecided=undecided)[0] == ended
 
@@ -79,7 +85,9 @@ def test_the_summary_is_the_report_of_a_build_that_has_one(tmp_path: Path, code:
 
 def test_inputs_become_words_and_none_of_them_is_run(tmp_path: Path) -> None:
     wild = '$(touch pwned) "; touch pwned #'
-    job(tmp_path, 0, image="it@sha256:0", config=wild, targets="cpu jetson", arguments="--bundle --set student.epochs=4")
+    job(
+        tmp_path, 0, image="it@sha256:0", config=wild, targets="cpu jetson", arguments="--bundle --set student.epochs=4"
+    )
     words = (tmp_path / "words").read_text().splitlines()
     build = words[words.index("it@sha256:0") :]
     assert build[1:] == ["build", wild, "--out", "runs/build", "--target", "cpu", "--target", "jetson"] + [

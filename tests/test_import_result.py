@@ -113,9 +113,14 @@ def test_results_that_are_not_of_this_build_are_refused_with_the_reason(place, m
     arrays = away / "samples.npz"
     kept = arrays.read_bytes()
     arrays.write_bytes(kept[: len(kept) // 2])
-    refused(EdgekdError, "not as the device wrote it")
+    refused(ConfigError, "not as the device wrote it")
     arrays.unlink()
-    refused(EdgekdError, "`samples.npz` of the result is not in")
+    refused(ConfigError, "`samples.npz` of the result is not in")
+    arrays.write_bytes(kept)
+    for content in (json.dumps(found)[:-20], json.dumps(found | {"bench": {"models": "\x1b[31m"}})):
+        (away / "result.json").write_text(content)
+        done = edgekd("import-result", "away/results/result.json", cwd=place, check=False)
+        assert done.returncode == 2 and "hint: " in done.stderr and "\x1b" not in done.stderr
 
 
 @pytest.fixture

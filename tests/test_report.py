@@ -1,6 +1,7 @@
 """The report says what was measured, in three formats, whatever the names in it look like."""
 
 import dataclasses
+import html
 import json
 import os
 import re
@@ -12,13 +13,16 @@ from pathlib import Path
 import markupsafe
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edgekd.core import plain
 from edgekd.core.artifact import EpochRecord, File, OnnxModel, PhaseRecord, TensorSpec, Weights
 from edgekd.core.errors import ConfigError, StaleArtifact
+from edgekd.core.gate import Decision, Gate
 from edgekd.core.record import DataFacts, Record
 from edgekd.core.trial import BenchResult, Contestant, Interval, Machine, Measurement, Runtime
-from edgekd.stages.report import words
+from edgekd.stages.report import figures, manifest, plots, words
 from edgekd.stages.report.report import read, report
 
 EVIL = "<script>alert(1)</script>"
@@ -220,6 +224,7 @@ def test_page_loads_nothing_and_runs_nothing(record, tmp_path, name):
     )
     assert not [style for style in styles if "@import" in style or re.search(r"url\((?!#)", style)]
     assert str(markupsafe.escape(name)) in page
+    assert ("meta", "http-equiv", "Content-Security-Policy") in parser.seen and "default-src 'none'" in page
 
 
 def test_hostile_names_are_text_in_markdown_too(record, tmp_path):
@@ -240,9 +245,10 @@ def test_every_number_of_every_measurement_is_in_every_format(record, tmp_path):
         shown += [words.file_size(c.file.bytes), words.count(c.macs), words.count(c.parameters)]
         shown += [words.interval(m.speedup)] if m.speedup else [m.verdict]
         (row,) = [line for line in comment.splitlines() if line.startswith(f"| {c.name} ")]
-        section = page[page.index(f'<th scope="row">{c.name}') :].partition("</tr>")[0]
-        for text in shown:
-            assert text in row.replace("*", "") and text in section
+        rows = [part.partition("</tr>")[0] for part in page.split(f'<th scope="row">{c.name}')[1:]]
+        assert all(text in row.replace("*", "") for text in shown)
+        shown[-1:] = [words.ratio(m.speedup.mid)] if m.speedup else []
+        assert all(any(text in part for part in rows) for text in shown)
         assert told == plain.dump(m)
         assert {"name": c.file.path.name, "sha256": c.file.sha256, "bytes": c.file.bytes} in [
             {k: f[k] for k in ("name", "sha256", "bytes")} for f in data["files"]
@@ -314,7 +320,7 @@ def test_what_was_not_measured_gives_the_reason_and_no_number(record, tmp_path):
 def test_says_so_if_the_aa_control_moved(record, tmp_path):
     moved = dataclasses.replace(record.benches[0], aa=Interval(1.004, 1.0061, 1.008))
     page = report(dataclasses.replace(record, benches=(moved,)), tmp_path / "out").read_text(encoding="utf-8")
-    assert "1.0061 (1.0040–1.0080)" in page and "it does not" in page
+    assert "1.0061 (1.0040–1.0080)" in page and "does not hold 1" in page
 
 
 def test_leaves_out_what_no_metric_read(record, tmp_path):
@@ -389,7 +395,152 @@ def test_the_report_says_how_ranges_were_found(record, tmp_path):
 
     tried = {"minmax": 80.5, "percentile": 81.25}
     told = dataclasses.replace(record, ranges=(RangesFound("<kpn>", "cpu", "percentile", tried),))
-    html = report(told, tmp_path).read_text()
-    assert "percentile, of minmax 80.50 %; percentile 81.25 % on validation images" in html
-    assert "&lt;kpn&gt; on cpu" in html
+    page = report(told, tmp_path).read_text(encoding="utf-8")
+    assert "percentile, of minmax 80.50 %; percentile 81.25 % on validation images" in page
+    assert "&lt;kpn&gt; on cpu" in page
     assert read(tmp_path / "report.json").ranges == told.ranges
+
+
+def opened(page: str) -> str:
+    """A page without what it folds away."""
+    return re.sub(r"<details>.*?</details>", "", page, flags=re.DOTALL)
+
+
+def test_first_table_has_what_most_readers_want_and_a_folded_one_the_rest(record, tmp_path):
+    cpu = record.benches[0]
+    sure = {"p50_ms": Interval(0.2111, 0.2134, 0.2166)}
+    ms = [dataclasses.replace(m, readings=m.readings | {"min_ms": 0.123}, intervals=sure) for m in cpu.measurements]
+    page = report(
+        dataclasses.replace(record, benches=(dataclasses.replace(cpu, measurements=tuple(ms)),)), tmp_path / "out"
+    ).read_text(encoding="utf-8")
+    heads = [h.strip() for h in re.findall(r'<th scope="col"[^>]*>([^<]+)', opened(page))]
+    assert heads[:9] == ["model", "top-1", "median", "speed-up", "p99", "agreement", "file", "MACs", "precision"]
+    assert "0.211–0.217" in opened(page)  # the interval of the median
+    for rest in ("p90", "min", "taught by", "parameters"):
+        assert f">{rest}" in page.partition("All figures")[2].partition("</details>")[0]
+
+
+def test_decimal_points_of_a_column_stand_below_each_other():
+    cells = tuple(map(figures.Cell, ("0.0363", "0.420", "12", "–", "1,234.5")))
+    column = figures.aligned(figures.Column("p50_ms", "median", "ms", cells))
+    assert [cell.fill for cell in column.cells] == ["", "3", ".0363", "", "363"]
+    mixed = figures.Column("size", "file", "", (figures.Cell("4.34 MB"), figures.Cell("99 kB")))
+    assert figures.aligned(mixed) == mixed
+
+
+def test_gates_are_told_on_the_first_screen(record, tmp_path):
+    found = Interval(0.1, 0.3, 0.5)
+    outcomes = ("passed", "failed", "undecided", "passed")
+    decisions = [
+        Decision("cpu", Gate("drop", at_most=0.5 + i), "student int8", o, found, EVIL) for i, o in enumerate(outcomes)
+    ]
+    told = dataclasses.replace(record, gates=tuple(decisions))
+    page = report(told, tmp_path / "out").read_text(encoding="utf-8")
+    first = page[page.index('class="state"') : page.index("<nav")]
+    assert re.findall(r">(. \d gates? \w+)<", first) == ["✗ 1 gate failed", "? 1 gate undecided", "✓ 2 gates passed"]
+    assert all(f"drop at most {d.gate.at_most:g}</th>" in page for d in decisions)
+
+
+def test_every_target_is_on_the_first_screen(record, tmp_path):
+    cpu, board = record.benches
+    slow = tuple(dataclasses.replace(m, readings=m.readings | {"p50_ms": 7.125}) for m in cpu.measurements)
+    other = dataclasses.replace(cpu, target="openvino", measurements=slow)
+    told = dataclasses.replace(record, benches=(cpu, other, board))
+    page = report(told, tmp_path / "out").read_text(encoding="utf-8")
+    first = page[page.index("Every target") : page.index("<nav")]
+    rows = first.split('<th scope="row">')[1:]
+    assert [row.partition("<")[0] for row in rows] == ["cpu", "openvino", "jetson"]
+    assert "0.213" in rows[0] and "7.12" in rows[1] and "not measured: no board was named" in rows[2]
+
+
+def test_other_ways_of_calling_stand_apart_with_what_a_call_holds(record, tmp_path):
+    cpu = record.benches[0]
+    held = {"scope": "inputs and outputs are bound", "overhead_of_the_loop_ns": 350}
+    other = dataclasses.replace(cpu, scenario="model only", ships="", protocol=cpu.protocol | held)
+    page = report(dataclasses.replace(record, benches=(cpu, other)), tmp_path / "out").read_text(encoding="utf-8")
+    part = page[page.index('<h2 id="ways"') : page.index('<h2 id="adds"')]
+    assert "<h3>cpu, model only</h3>" in part and "A call: inputs and outputs are bound" in part
+    assert "The timing loop itself adds 350 ns to a call" in page
+    assert page.count("avx512_vnni") == 1  # one machine, told once
+
+
+def test_says_how_to_find_a_file_that_was_changed(record, tmp_path):
+    page = report(record, tmp_path / "out").read_text(encoding="utf-8")
+    assert manifest.digest(manifest.provenance(record)) in page and "edgekd verify DIR" in page
+
+
+def test_all_plots_and_tables_have_names_for_those_who_do_not_see_them(record, tmp_path):
+    page = report(record, tmp_path / "out").read_text(encoding="utf-8")
+    parser = Tags()
+    parser.feed(page)
+    named = [tag for tag, key, value in parser.seen if key == "aria-label" and value]
+    assert named.count("svg") == page.count("<svg") == 4  # accuracy against latency, every call, two lessons
+    assert page.count('class="scroll"') == page.count('class="scroll" role="group" aria-label="')
+    assert page.count("<table") == page.count('class="scroll"') and page.count('tabindex="0"') == page.count("<table")
+    assert {"main", "nav", "header"} <= {tag for tag, _, _ in parser.seen}
+    links = {value[1:] for tag, key, value in parser.seen if (tag, key) == ("a", "href")}
+    assert links <= {value for _, key, value in parser.seen if key == "id"}
+
+
+def luminance(colour: str) -> float:
+    """Of WCAG 2: 0 to 1."""
+    digits = colour if len(colour) == 6 else "".join(2 * c for c in colour)
+    parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_text_stands_out_in_light_and_dark_and_in_print(record, tmp_path):
+    page = report(record, tmp_path / "out").read_text(encoding="utf-8")
+    schemes = [dict(re.findall(r"--(\w+): #(\w+);", part)) for part in re.findall(r":root \{(.*?)\}", page, re.DOTALL)]
+    assert len(schemes) == 3
+    for colours in schemes:
+        pairs = [(ink, paper) for ink in ("ink", "mute", "c1", "warn", "bad") for paper in ("paper", "card", "tint")]
+        for ink, paper in pairs + [(f"c{i}", "paper") for i in range(1, 6)]:
+            dark, light = sorted((luminance(colours[ink]), luminance(colours[paper])))
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (ink, paper)
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1))
+def test_the_front_holds_all_that_no_other_beats(dots):
+    beaten = {a for a in dots for b in dots if b[0] <= a[0] and b[1] >= a[1] and b != a}
+    assert plots.front(dots) == sorted(set(dots) - beaten)
+
+
+def test_calls_are_drawn_with_the_control_below_its_twin():
+    ms = [np.array([1.0, 1.1, 1.2, 9.0]), np.array([0.5]), np.array([1.0, 1.2, 1.3])]
+    svg = plots.latency_distributions("calls", ["teacher", EVIL, "teacher again"], ms)
+    told = [html.unescape(text) for text in re.findall(r">([^<>]+ ms)</text>", svg)]
+    assert told == ["teacher: 1.10 ms", "teacher again (A/A control): 1.20 ms", f"{EVIL}: 0.500 ms"]
+
+
+def test_names_without_room_have_letters_in_the_plot(record):
+    cpu = record.benches[0]
+    assert (
+        "<text" in (few := plots.accuracy_against_latency("t", cpu.measurements, "top1", "top-1")) and ">A<" not in few
+    )
+    long = [dataclasses.replace(m.contestant, name=f"{'long-' * 20}{i}") for i, m in enumerate(cpu.measurements)]
+    renamed = [dataclasses.replace(m, contestant=c) for m, c in zip(cpu.measurements, long, strict=True)]
+    drawn = plots.accuracy_against_latency("t", renamed, "top1", "top-1")
+    assert [drawn.count(f">{letter}<") for letter in "ABCDEF"] == [2, 2, 2, 2, 2, 0]  # at the dot, and below
+    assert all(f"-long-{i}<" in drawn for i in range(5))  # both ends of a name are told
+
+
+def test_what_cannot_be_seen_is_spelled_out(record, tmp_path):
+    page = report(with_names(record, "a\u202eb\x1bc"), tmp_path / "out").read_text(encoding="utf-8")
+    assert "a\\u202eb\\x1bc" in page and not {"\u202e", "\x1b"} & set(page)
+
+
+def test_losses_of_all_sizes_are_drawn_on_one_scale(record):
+    drawn = plots.training_curve("t", taught := record.students[0])
+    assert "training loss (log)" in drawn and all(f">{r}<" in html.unescape(drawn) for r in grouped_names(taught))
+    nothing = dataclasses.replace(taught, phases=(phase("train", 2, {"task": 0.0}, 0.5),))
+    assert ">training loss<" in plots.training_curve("t", nothing)
+
+
+def grouped_names(weights: Weights) -> set[str]:
+    return {name.rpartition(":")[0] for p in weights.phases for name in p.losses if ":" in name}
+
+
+def test_what_is_no_number_is_told_as_such():
+    assert [words.figures(v) for v in (float("nan"), float("inf"))] == ["nan", "inf"]

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from edgekd.core import plain
 from edgekd.core.artifact import File
-from edgekd.core.errors import EdgekdError, StaleArtifact
+from edgekd.core.errors import ConfigError, EdgekdError, StaleArtifact
 from edgekd.core.trial import BenchResult
 from edgekd.stages.bench.benchmark import BenchConfig
 from edgekd.stages.device.bundle import Bundle
-from edgekd.stages.device.results import measured, taken
+from edgekd.stages.device.results import measured, read, taken
 from tests.standins.bundles import CLASSES, engine, make_bundle
 
 HOW = BenchConfig(blocks=3, metrics=("top1", "agreement", "p50_ms"))
@@ -159,14 +162,185 @@ def test_arrays_that_do_not_fit_the_result_are_refused(file, content, bundle, tm
     found["files"][file]["sha256"] = hashlib.sha256((home / file).read_bytes()).hexdigest()
     (home / "result.json").write_text(json.dumps(found))
     (tmp_path / "out").mkdir()
-    with pytest.raises(StaleArtifact, match="does not fit|no answers of engine 0"):
+    with pytest.raises(EdgekdError, match="holds no arrays|no answers of engine 0"):
         measured(tmp_path / "out", bundle, taken(home, bundle), HOW)
 
 
 def test_a_file_of_a_result_stays_in_its_folder(bundle, tmp_path):
     home = brought(tmp_path / "results", bundle)
     found = json.loads((home / "result.json").read_text())
-    found["files"]["../bundle/labels.npy"] = {"sha256": "0", "bytes": 1}
+    found["files"]["../bundle/labels.npy"] = {"sha256": "0" * 64, "bytes": 1}
     (home / "result.json").write_text(json.dumps(found))
     with pytest.raises(EdgekdError, match="is not in"):
         taken(home, bundle)
+
+
+def rewritten(home: Path, path: tuple[Any, ...], value: Any) -> Path:
+    """The result.json with another value somewhere, or without it for `...`."""
+    found = json.loads((home / "result.json").read_text())
+    at = found
+    for key in path[:-1]:
+        at = at[key]
+    if value is ...:
+        del at[path[-1]]
+    else:
+        at[path[-1]] = value
+    (home / "result.json").write_text(json.dumps(found))  # NaN and Infinity as Python writes them
+    return home
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        (("schema",), 2, "has schema 2; this edgekd reads 1"),
+        (("bundle",), ["0"], 'bundle is ["0"]: Input should be a valid string'),
+        (("files",), ["samples.npz"], 'files is ["samples.npz"]: Input should be an object'),
+        (("files", "samples.npz"), "abc", 'files.samples.npz is "abc"'),
+        (("files", "samples.npz", "sha256"), ..., "files.samples.npz.sha256 is missing"),
+        (("verify", "engines"), {}, "verify.engines is {}"),
+        (("verify", "engines", 0, "passes"), "yes", 'verify.engines.0.passes is "yes"'),
+        (("bench",), [], "bench is []"),
+        (("bench", "invalid"), ..., "bench.invalid is missing"),
+        (("bench", "models"), [], "bench.models is []: List should have at least 2 items"),
+        (("bench", "models", 0, "compute_ms"), [-1.0], "compute_ms.0 is -1.0: Input should be greater than"),
+        (("bench", "models", 0, "compute_ms"), [float("nan")], "NaN is no number"),
+        (("bench", "protocol", "blocks"), 0, "bench.protocol.blocks is 0"),
+        (("bench", "protocol", "blocks"), "8", 'bench.protocol.blocks is "8"'),
+        (("bench", "runtime", "name"), "mine", 'bench.runtime.name is "mine"'),
+        (("bench", "runtime", "threads"), [1], "bench.runtime.threads is [1]"),
+        (("bench", "machine", "cores"), -6, "bench.machine.cores is -6"),
+        (("bench", "machine", "flags"), None, "bench.machine.flags is null"),
+        (("bench", "conditions", "load_before"), "idle", 'bench.conditions.load_before is "idle"'),
+        (("bench", "points"), [1], "bench.points.0 is 1"),
+        (("energy", "engines", 0, "mj"), float("inf"), "Infinity is no number"),
+        (("energy", "engines", 0, "mj"), "5", 'energy.engines.0.mj is "5"'),
+        (("doctor", "board"), "Orin", 'doctor.board is "Orin"'),
+    ],
+)
+def test_a_result_that_a_hand_has_changed_is_refused_with_the_place(path, value, says, bundle, tmp_path):
+    home = rewritten(brought(tmp_path / "results", bundle), path, value)
+    with pytest.raises(ConfigError) as error:
+        taken(home, bundle)
+    assert says in error.value.what and error.value.hint and len(error.value.what) < 500
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000, '{"bundle": 1, "bench": 1, "verify": 1}'])
+def test_what_is_no_result_is_refused(content, tmp_path):
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(ConfigError) as error:
+        read(tmp_path / "result.json")
+    assert error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["teacher fp32", "teacher fp32"], "one of them is there twice"),
+        (["teacher fp32", "student fp32"], "one of them is there twice"),
+        (["teacher fp32 again", "teacher fp32"], "`teacher fp32 again` of the result is no engine"),
+        (["../evil", "teacher fp32 again"], "`../evil` of the result is no engine"),
+    ],
+)
+def test_models_that_are_not_those_of_the_bundle_with_one_control_are_refused(names, says, bundle, tmp_path):
+    home = brought(tmp_path / "results", bundle)
+    models = {m["name"]: m for m in json.loads((home / "result.json").read_text())["bench"]["models"]}
+    chosen = [models.get(name, models["teacher fp32"]) | {"name": name} for name in names]
+    with pytest.raises(StaleArtifact, match=says):
+        taken(rewritten(home, ("bench", "models"), chosen), bundle)
+
+
+def sealed_again(home: Path) -> Path:
+    """With the hashes of the arrays as they are now."""
+    found = json.loads((home / "result.json").read_text())
+    for name in found["files"]:
+        found["files"][name]["sha256"] = hashlib.sha256((home / name).read_bytes()).hexdigest()
+    (home / "result.json").write_text(json.dumps(found))
+    return home
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("ns", lambda ns: -ns),
+        ("ns", lambda ns: ns * 0),
+        ("ns", lambda ns: ns.astype(float)),
+        ("ns", lambda ns: ns[:-1]),
+        ("ns", lambda ns: ns.reshape(2, -1)),
+        ("ns", lambda ns: ns.astype(object)),
+        ("model", lambda model: model - 1),
+        ("model", lambda model: model + 2**40),
+        ("model", lambda model: model.astype(float)),
+        ("model", lambda model: model * 0),
+        ("names", lambda names: names[:-1]),
+        ("names", lambda names: np.arange(len(names))),
+        ("names", lambda names: names.astype(object)),
+    ],
+)
+def test_samples_of_another_kind_are_refused(name, change, bundle, tmp_path):
+    home = brought(tmp_path / "results", bundle)
+    with np.load(home / "samples.npz") as stored:
+        arrays = {key: stored[key] for key in stored.files}
+    np.savez(home / "samples.npz", **arrays | {name: change(arrays[name])})
+    (tmp_path / "out").mkdir()
+    with pytest.raises(EdgekdError, match="does not fit|whole blocks|Object arrays") as error:
+        measured(tmp_path / "out", bundle, taken(sealed_again(home), bundle), HOW)
+    assert error.value.hint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda logits: logits[:-1],
+        lambda logits: logits[0, 0],
+        lambda logits: logits.astype(object),
+        lambda logits: logits.astype(str),
+        lambda logits: logits.astype(complex),
+    ],
+)
+def test_answers_of_another_kind_are_refused(change, bundle, tmp_path):
+    home = brought(tmp_path / "results", bundle)
+    np.save(home / "logits-0.npy", change(np.load(home / "logits-0.npy")))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(EdgekdError, match="no answers of engine 0|Object arrays"):
+        measured(tmp_path / "out", bundle, taken(sealed_again(home), bundle), HOW)
+
+
+def test_answers_of_another_shape_are_no_answers(bundle, tmp_path):
+    home = brought(tmp_path / "results", bundle)
+    np.save(home / "logits-3.npy", np.load(home / "logits-3.npy")[:, :2])
+    (tmp_path / "out").mkdir()
+    result = measured(tmp_path / "out", bundle, taken(sealed_again(home), bundle), HOW)
+    assert "top1" not in result.measurements[3].readings and "top1" in result.measurements[2].readings
+
+
+def test_an_array_behind_a_link_is_not_taken(bundle, tmp_path):
+    home = brought(tmp_path / "results", bundle)
+    (home / "samples.npz").rename(tmp_path / "elsewhere.npz")
+    (home / "samples.npz").symlink_to(tmp_path / "elsewhere.npz")
+    with pytest.raises(StaleArtifact, match="is not in"):
+        taken(home, bundle)
+
+
+JSON = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.just([]) | st.just({})
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [found for key, part in inside for found in ((*path, key), *places(part, (*path, key)))]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_is_changed_in_a_result_it_is_refused_in_words_or_told(data, bundle, tmp_path):
+    for folder in ("results", "out"):
+        shutil.rmtree(tmp_path / folder, ignore_errors=True)
+    home = brought(tmp_path / "results", bundle)
+    path = data.draw(st.sampled_from(places(json.loads((home / "result.json").read_text()))))
+    rewritten(home, path, data.draw(JSON | st.just(...)))
+    (tmp_path / "out").mkdir()
+    try:
+        result = measured(tmp_path / "out", bundle, taken(home, bundle), HOW)
+    except EdgekdError as error:
+        assert error.hint
+        return
+    assert plain.load(BenchResult, plain.dump(result), tmp_path / "out") == result

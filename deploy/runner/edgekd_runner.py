@@ -1225,7 +1225,7 @@ def read_bundle(folder):
         with open(path, "rb") as stream:
             text = stream.read()
         bundle = json.loads(text.decode())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Problem("`%s` is no bundle: %s" % (folder, first_line(error)), COPY_AGAIN)
     need(bundle, "the manifest", {"schema": int})
     if bundle["schema"] != SCHEMA:
@@ -1246,8 +1246,8 @@ def check_file(folder, name, recorded):
     """Refuse what leads out of the bundle, and what is not as it was when the bundle was made."""
     need(recorded, "`%s` in the manifest" % name, {"sha256": str, "bytes": int})
     path = os.path.join(folder, name)
-    inside = os.path.realpath(path).startswith(folder + os.sep)
-    if os.path.isabs(name) or "\\" in name or ".." in name.split("/") or not inside:
+    odd = os.path.isabs(name) or "\\" in name or "\0" in name or ".." in name.split("/")
+    if odd or not os.path.realpath(path).startswith(folder + os.sep):
         raise Problem("`%s` in the manifest leads out of the bundle" % name, "do not use this bundle: make it again")
     if not os.path.isfile(path):
         raise Problem("`%s` is missing in the bundle" % name, COPY_AGAIN)
@@ -1266,7 +1266,7 @@ def check_engines(bundle):
         kinds = {"name": str, "role": str, "model": str, "expected": str, "precisions": list}
         need(engine, "an engine of the manifest", dict(kinds, agreement=(int, float)))
         named += [engine["model"], engine["expected"], engine.get("cache")]
-    missing = [name for name in named if name and name not in bundle["files"]]
+    missing = [name for name in named if name and (not isinstance(name, str) or name not in bundle["files"])]
     if missing:
         raise Problem("the manifest records no hash of `%s`" % missing[0], "make the bundle again")
     names = [engine["name"] for engine in bundle["engines"]]
@@ -2678,8 +2678,8 @@ def main():
 
 def keep_quiet():
     """No runtime tells its maker of its use."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime keeps a log of events in the home folder
-    sys.modules.setdefault("openvino_telemetry", None)  # OpenVINO sends a message at every import
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime keeps a log of events in the home folder, and posts it
+    sys.modules["openvino_telemetry"] = None  # OpenVINO sends a message at every import
 
 
 def parsed():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -49,11 +50,20 @@ class File:
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
         from pydantic_core import core_schema
 
-        def read(value: Any, info: Any) -> File:
-            find = info.context.get("find", cls.checked)
-            return value if isinstance(value, File) else find(info.context["home"] / value["name"], value["sha256"])
+        def found(value: dict[str, str], info: Any) -> File:
+            find: Callable[[Path, str], File] = info.context.get("find", cls.checked)
+            return find(info.context["home"] / value["name"], value["sha256"])
 
-        return core_schema.with_info_plain_validator_function(read)
+        told = {  # what lies elsewhere is not this artefact
+            "name": (r"^[^/\\\x00]*[^/\\\x00.][^/\\\x00]*$", "it must be the name of a file, without a folder"),
+            "sha256": ("^[0-9a-f]{64}$", "it must be 64 hexadecimal digits"),
+        }
+        fields = {}
+        for key, (pattern, said) in told.items():
+            text = core_schema.str_schema(pattern=pattern)
+            kind = core_schema.custom_error_schema(text, f"file_{key}", custom_error_message=said)
+            fields[key] = core_schema.typed_dict_field(kind)
+        return core_schema.with_info_after_validator_function(found, core_schema.typed_dict_schema(fields))
 
 
 @dataclass(frozen=True)

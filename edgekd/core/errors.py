@@ -28,9 +28,13 @@ class ConfigError(EdgekdError, ValueError):
 class DataError(EdgekdError):
     """The images or labels cannot be used as they are."""
 
+    exit_code = 2
+
 
 class CheckpointError(EdgekdError):
     """A checkpoint does not fit its model, or cannot be read safely."""
+
+    exit_code = 2
 
 
 class TrainingError(EdgekdError):
@@ -39,6 +43,8 @@ class TrainingError(EdgekdError):
 
 class ModelError(EdgekdError):
     """An ONNX file cannot be read, or is not of the kind that is needed."""
+
+    exit_code = 2
 
 
 class ExportError(EdgekdError):

@@ -33,8 +33,8 @@ P = ParamSpec("P")
 NOUNS = {  # modules that decide nothing about what a step makes
     f"edgekd.core.{name}"
     for name in (
-        *("artifact", "config", "errors", "files", "ledger", "model", "plain", "plugins", "progress"),
-        *("record", "settings", "target", "trial"),
+        *("artifact", "config", "errors", "files", "foreign", "ledger", "model", "onnx_guard", "places"),
+        *("plain", "plugins", "progress", "record", "settings", "target", "text", "trial"),
     )
 }
 KEEP = ".work"  # below a step's partial directory: what lets an interrupted step go on; gone when it is done
@@ -119,15 +119,26 @@ class Ledger:
         """What a whole step made. Raises StaleArtifact if it cannot be read or its files changed."""
         try:
             entry = json.loads((home / "step.json").read_text())
+            if not whole(entry):
+                raise ValueError("it is no entry of a step")
             self.entries[name] = entry | {"home": home.name}
             return plain.load(kind, entry["output"], home)
-        except (ConfigError, ValueError, KeyError, OSError) as error:
-            if isinstance(error, StaleArtifact):
-                raise
+        except (ConfigError, ValueError, KeyError, OSError, RecursionError) as error:
             raise StaleArtifact(
                 f"`{home}` cannot be read; another version of edgekd may have written it",
                 hint="delete it so that the step runs again",
             ) from error
+
+
+def whole(entry: Any) -> bool:
+    """Whether it says all that is asked of a step that was made."""
+    kinds = {"seconds": (int, float), "finished": (str,), "machine": (dict,), "code": (dict,)}
+    return (
+        isinstance(entry, dict)
+        and "output" in entry
+        and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+        and all(isinstance(word, str) for word in (*entry["machine"].values(), entry["code"].get("sha256")))
+    )
 
 
 def machine() -> dict[str, str]:

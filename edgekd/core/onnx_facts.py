@@ -9,8 +9,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekd.core import onnx_guard
 from edgekd.core.artifact import File, OnnxModel, Precision, TensorSpec
 from edgekd.core.errors import ModelError
+from edgekd.core.foreign import foreign
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,7 +65,7 @@ def facts(path: Path) -> OnnxFacts:
     spec = single_input(model, path)
     outputs = tuple(tensor_spec(value) for value in model.graph.output)
     first = outputs[0].shape if outputs else ()
-    nodes = Counter(f"{node.domain}.{node.op_type}" if foreign(node) else node.op_type for node in model.graph.node)
+    nodes = Counter(node.op_type if own(node) else f"{node.domain}.{node.op_type}" for node in model.graph.node)
     quantized = any(n.op_type in QUANTIZED or n.op_type.startswith("QLinear") for n in model.graph.node)
     return OnnxFacts(
         input=spec,
@@ -102,32 +104,8 @@ def described(path: Path, name: str, macs: int | None = None) -> OnnxModel:
 
 
 def load(path: Path) -> onnx.ModelProto:
-    """The parsed file, its functions inlined. Raises ModelError if it is missing or not ONNX."""
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    if not path.is_file():
-        raise ModelError(f"there is no file `{path}`", hint="check the path; edgekd reads .onnx files")
-    try:
-        model = onnx.load(str(path))
-    except DecodeError:
-        raise not_onnx(path) from None
-    except (onnx.checker.ValidationError, OSError) as error:
-        cause = str(error).strip().splitlines()[0]
-        raise ModelError(f"`{path}` cannot be read: {cause}", hint="keep its external data file beside it") from error
-    if not model.ir_version or not model.graph.node:  # protobuf reads an empty file as an empty message
-        raise not_onnx(path)
-    if model.functions:
-        from onnx.inliner import inline_local_functions
-
-        model = inline_local_functions(model)
-    return model
-
-
-def not_onnx(path: Path) -> ModelError:
-    return ModelError(
-        f"`{path}` is not an ONNX file", hint="give the .onnx file itself, not a checkpoint or an archive"
-    )
+    """The parsed file, its functions inlined. Raises ModelError if it is missing, not ONNX, or not as it should be."""
+    return onnx_guard.opened(path)
 
 
 def single_input(model: onnx.ModelProto, path: Path) -> TensorSpec:
@@ -140,6 +118,8 @@ def single_input(model: onnx.ModelProto, path: Path) -> TensorSpec:
             f"`{path}` has {len(inputs)} inputs ({named}), but one is needed",
             hint="export the network with the image as its only input",
         )
+    if not inputs[0].type.tensor_type.shape.dim:
+        raise ModelError(f"the input of `{path}` has no shape", hint="export it for batches of images")
     return tensor_spec(inputs[0])
 
 
@@ -147,12 +127,14 @@ def tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
     from onnx import helper
 
     tensor = value.type.tensor_type
-    dtype = str(helper.tensor_dtype_to_np_dtype(tensor.elem_type)) if tensor.elem_type else "unknown"
-    return TensorSpec(value.name, tuple(dim.dim_value for dim in tensor.shape.dim), dtype)
+    known = tensor.elem_type in helper.get_all_tensor_dtypes()
+    dtype = str(helper.tensor_dtype_to_np_dtype(tensor.elem_type)) if known else "unknown"
+    return TensorSpec(value.name, tuple(max(dim.dim_value, 0) for dim in tensor.shape.dim), dtype)
 
 
-def foreign(node: onnx.NodeProto) -> bool:
-    return node.domain not in ("", "ai.onnx")
+def own(node: onnx.NodeProto) -> bool:
+    """Whether it is one of ONNX itself."""
+    return node.domain in ("", "ai.onnx")
 
 
 def parameters(model: onnx.ModelProto) -> int:
@@ -204,7 +186,10 @@ def node_macs(node: onnx.NodeProto, sizes: Mapping[str, tuple[int, ...]]) -> int
 
 
 def shapes(model: onnx.ModelProto, spec: TensorSpec, path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor for a dynamic batch set to 1. Raises ModelError where shapes contradict each other."""
+    """The shape of every tensor for a dynamic batch set to 1.
+
+    Raises ModelError where shapes contradict each other, or one is of more numbers than a device may hold.
+    """
     import onnx
 
     fixed = onnx.ModelProto()
@@ -215,14 +200,14 @@ def shapes(model: onnx.ModelProto, spec: TensorSpec, path: Path) -> dict[str, tu
         del fixed.graph.value_info[:]  # they say `batch`
         for output in fixed.graph.output:
             output.type.tensor_type.ClearField("shape")
-    try:
+    with foreign(f"the shapes in `{path}` contradict each other", "export it anew", ModelError):
         fixed = onnx.shape_inference.infer_shapes(fixed, strict_mode=True, data_prop=True)
-    except onnx.shape_inference.InferenceError as error:
-        cause = " ".join(str(error).replace("[ShapeInferenceError]", "").split())
-        raise ModelError(f"the shapes in `{path}` contradict each other: {cause}", hint="export it anew") from error
     graph = fixed.graph
     values = (*graph.input, *graph.value_info, *graph.output)
     found = {v.name: tensor_spec(v).shape for v in values if v.type.tensor_type.HasField("shape")}
+    for name, shape in found.items():
+        if prod(shape) > onnx_guard.MOST_NUMBERS:
+            raise onnx_guard.too_large(path, f"computes the tensor `{name}` of the shape {shape}")
     return found | {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
 
 
@@ -231,15 +216,32 @@ def check(path: Path) -> OnnxFacts:
     import onnx
 
     model = load(path)
-    try:
+    with foreign(f"`{path}` is not valid ONNX", "export it anew", ModelError):
         onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        cause = " ".join(str(error).split())
-        raise ModelError(f"`{path}` is not valid ONNX: {cause}", hint="export it anew") from error
     return facts(path)
 
 
-def session(path: Path, optimised: bool = True, threads: int = 0) -> Any:
+class Opened:
+    """An onnxruntime session; what it says of inputs that it cannot take is a ModelError."""
+
+    def __init__(self, session: Any, path: Path) -> None:
+        self.session, self.path = session, path
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.session, name)
+
+    def run(self, names: list[str] | None, feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """The outputs `names`, or all, for the inputs in `feed`."""
+        try:
+            found: list[np.ndarray] = self.session.run(names, feed)
+        except ort_errors() as error:
+            cause = " ".join(str(error).split())
+            taken = ", ".join(f"{value.shape}, {value.type}" for value in self.session.get_inputs())
+            raise ModelError(f"`{self.path}` refuses these inputs: {cause}", hint=f"it takes {taken}") from error
+        return found
+
+
+def session(path: Path, optimised: bool = True, threads: int = 0) -> Opened:
     """An onnxruntime session on the CPU; `threads` 0 stands for one per core. Raises ModelError if it does not load."""
     import onnxruntime as ort
 
@@ -249,7 +251,7 @@ def session(path: Path, optimised: bool = True, threads: int = 0) -> Any:
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimised else level.ORT_DISABLE_ALL
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return Opened(ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]), path)
     except ort_errors() as error:
         cause = " ".join(str(error).split())
         raise ModelError(
@@ -259,24 +261,18 @@ def session(path: Path, optimised: bool = True, threads: int = 0) -> Any:
 
 
 def ort_errors() -> tuple[type[Exception], ...]:
-    """What onnxruntime raises; its errors have no common root."""
+    """What onnxruntime raises: its own errors, which have no common root, and what C++ ones become in Python."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    return (
-        state.Fail,
-        state.InvalidArgument,
-        state.InvalidGraph,
-        state.InvalidProtobuf,
-        state.NoSuchFile,
-        state.NotImplemented,
-        state.RuntimeException,
-    )
+    own = (kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
+    return (*own, RuntimeError, ValueError, MemoryError)
 
 
 def answers(path: Path, inputs: np.ndarray, optimised: bool = True, threads: int = 0) -> np.ndarray:
     """The first output for `inputs`, (N, ...), from onnxruntime in this process; for parity, never for timing.
 
-    A static batch is fed in pieces of its size. Raises ModelError if N is no multiple of it, or the inputs do not fit.
+    A static batch is fed in pieces of its size. Raises ModelError if N is no multiple of it, the inputs do not fit, or
+    it does not answer with a row for each of them.
     """
     import numpy as np
 
@@ -289,12 +285,8 @@ def answers(path: Path, inputs: np.ndarray, optimised: bool = True, threads: int
             hint="give a multiple of the batch size, or export with batch 1",
         )
     step = batch or CHUNK
-    try:
-        pieces = [running.run(None, {value.name: inputs[i : i + step]})[0] for i in range(0, len(inputs), step)]
-    except ort_errors() as error:
-        cause = " ".join(str(error).split())
-        raise ModelError(
-            f"`{path}` refuses these inputs: {cause}", hint=f"it takes {value.shape}, {value.type}"
-        ) from error
+    pieces = [running.run(None, {value.name: inputs[i : i + step]})[0] for i in range(0, len(inputs), step)]
+    if not all(isinstance(piece, np.ndarray) and piece.ndim for piece in pieces):
+        raise ModelError(f"`{path}` answers with no rows", hint="its first output must have a row for each input")
     answer: np.ndarray = np.concatenate(pieces)
     return answer

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +16,7 @@ from edgekd.core.artifact import File
 from edgekd.core.errors import ConfigError
 
 T = TypeVar("T")
+MOST, LONGEST = 20, 100  # mistakes that are told at once; letters of a value that are quoted
 EXAMPLE = "`edgekd init` shows an example"
 HINTS = {  # by pydantic's name of the mistake
     **dict.fromkeys(("int_type", "int_from_float", "int_parsing_size"), "write a whole number"),
@@ -51,28 +54,70 @@ def _plain(value: Any, whole: bool) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def load(kind: type[T], data: Any, home: Path = Path(), find: Callable[[Path, str], File] = File.checked) -> T:
+def read(path: Path, hint: str) -> Any:
+    """What a JSON file from outside says. Raises ConfigError with `hint` for what is none, as NaN and 1e999 are."""
+    try:
+        found = json.loads(
+            path.read_text(encoding="utf-8"), parse_constant=_refused, parse_float=_finite, parse_int=_whole
+        )
+        json.dumps(found, ensure_ascii=False).encode()  # half of a pair of surrogates is no text
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"`{path}` cannot be read: {error}", hint=hint) from None
+    return found
+
+
+def _refused(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refused(text)
+
+
+def _whole(text: str) -> int:
+    if len(text) > 18:  # what 64 bits hold
+        raise ValueError(f"{text[:18]}... is too large a number")
+    return int(text)
+
+
+def load(
+    kind: type[T], data: Any, home: Path = Path(), find: Callable[[Path, str], File] = File.checked, hint: str = ""
+) -> T:
     """The object that `data` describes; files are looked for in `home` and must match their hash.
 
-    `find(path, sha256)` gives another kind of file, for a record that outlives its files.
-
-    Strict: no value is converted, no unknown key is let through. Raises ConfigError with every mistake at once.
+    `find(path, sha256)` gives another kind of file, for a record that outlives its files. Strict: no value is
+    converted, and settings have no unknown key. Raises ConfigError with every mistake at once, each with what helps
+    where a person wrote it; or all with `hint`.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
+    context = {"home": home, "find": find}
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(data), strict=True, context={"home": home, "find": find})
+        return typing.cast(
+            T, _adapter(typing.cast(Any, kind)).validate_json(json.dumps(data), strict=True, context=context)
+        )
     except ValidationError as error:
-        raise mistakes(error, kind, data) from None
+        raise mistakes(error, kind, data, hint) from None
 
 
-def mistakes(error: Any, kind: type, data: Any) -> ConfigError:
+@cache
+def _adapter(kind: Any) -> Any:
+    """Takes some 20 ms to make."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def mistakes(error: Any, kind: Any, data: Any, hint: str = "") -> ConfigError:
     """One ConfigError for all that pydantic found; each mistake with the full path of its key, and its own hint."""
-    found = [mistake(item, kind, data) for item in error.errors()]
-    if len(found) == 1:
-        return found[0]
-    lines = [f"{one.what}\n    hint: {one.hint}" if one.hint else one.what for one in found]
-    return ConfigError(f"{len(found)} mistakes:\n  " + "\n  ".join(lines))
+    found = [mistake(item, kind, data) for item in error.errors()[:MOST]]
+    lines = [f"{one.what}\n    hint: {one.hint}" if one.hint and not hint else one.what for one in found]
+    count = error.error_count()
+    if count == 1:
+        return ConfigError(found[0].what, hint=hint or found[0].hint)
+    more = [f"and {count - MOST} more"] if count > MOST else []
+    return ConfigError(f"{count} mistakes:\n  " + "\n  ".join(lines + more), hint=hint)
 
 
 def mistake(found: Any, kind: type, data: Any) -> ConfigError:
@@ -88,8 +133,9 @@ def mistake(found: Any, kind: type, data: Any) -> ConfigError:
         return ConfigError(f"{where} is missing", hint=EXAMPLE)
     if found["type"] == "no_use":
         return ConfigError(f"{where} {found['msg']}", hint=f"`edgekd list` says what each of them is; {EXAMPLE}")
-    what = f"{where} is {json.dumps(found['input'], default=str)}: {found['msg']}"
-    return ConfigError(what, hint=HINTS.get(found["type"], EXAMPLE))
+    quoted = json.dumps(found["input"], default=str)
+    quoted = quoted if len(quoted) <= LONGEST else f"{quoted[:LONGEST]}..."
+    return ConfigError(f"{where} is {quoted}: {found['msg']}", hint=HINTS.get(found["type"], EXAMPLE))
 
 
 def fields_at(kind: Any, data: Any, path: list[Any]) -> list[str]:

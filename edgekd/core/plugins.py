@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.core.errors import ConfigError
+from edgekd.core.foreign import foreign
 
 FOLDERS = ("methods", "models", "data", "targets", "metrics")
 
@@ -33,10 +34,17 @@ def names(folder: str) -> list[str]:
 
 
 def load(folder: str, name: str) -> Any:
-    """The PLUGIN constant of `edgekd/<folder>/<name>.py`. Raises ConfigError if there is no such file."""
+    """The PLUGIN constant of `edgekd/<folder>/<name>.py`. Raises ConfigError if there is no such file.
+
+    One of another package is its code: it runs, and what it raises is told.
+    """
     if name not in places(folder):
         raise unknown(f"there is no `{name}` in edgekd/{folder}/", name, names(folder))
-    return importlib.import_module(places(folder)[name]).PLUGIN
+    module = places(folder)[name]
+    if module.startswith("edgekd."):
+        return importlib.import_module(module).PLUGIN
+    with foreign(f"the plug-in `{name}` of `{module}` cannot be loaded", "mend its package, or remove it"):
+        return importlib.import_module(module).PLUGIN
 
 
 def unknown(what: str, name: str, known: list[str]) -> ConfigError:

@@ -10,6 +10,8 @@ from edgekd.core.gate import Decision
 from edgekd.core.mix import Frontier
 from edgekd.core.trial import BenchResult
 
+SCHEMA = 1  # of report.json; raise it when an old file can no longer be read
+
 
 @dataclass(frozen=True)
 class DataFacts:

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgekd.core.errors import ConfigError, DataError
+from edgekd.core.foreign import foreign
+from edgekd.core.places import leads_out
 from edgekd.core.plugins import unknown
 from edgekd.core.progress import bar
 from edgekd.core.splits import stratified
 from edgekd.core.task import Arrays, Augment, Content, Source
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # whatever a file's name says; others start programs
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 SHOWN = 3  # unreadable files that an error names
+LARGEST = 50_000_000  # pixels of an image: 200 MB while it is decoded
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class Folder(Source):
     flip: bool = True
     seed: int = 0  # of the train/valid cut
     only: tuple[str, ...] = ()  # leave out the other classes; empty: leave out none
+    links: bool = False  # follow links that lead out of root
 
     def __post_init__(self) -> None:
         if len(self.only) == 1:
@@ -107,51 +117,100 @@ class Folder(Source):
             images = sorted(p for p in home.iterdir() if p.suffix.lower() in SUFFIXES)
             if not images:
                 raise DataError(f"class folder `{home}` holds no image", hint="remove it, or put images there")
+            self.check(home, images[:limit])
             found += images[:limit]
         return found
 
-    def decode(self, part: str, classes: tuple[str, ...], limit: int | None) -> Arrays:
-        from PIL.Image import DecompressionBombError
+    def check(self, home: Path, images: list[Path]) -> None:
+        """Raises DataError for what is no file, or not within root: where links lead to would go into bundles."""
+        for path in images:
+            if not path.is_file():
+                raise DataError(f"`{path}` is no file", hint="remove it")
+        for path in (home, *(path for path in images if path.is_symlink())):
+            if not self.links and leads_out(Path(self.root), path.relative_to(self.root).as_posix()):
+                raise DataError(
+                    f"`{path}` leads out of `{self.root}`, to `{os.path.realpath(path)}`",
+                    hint="set `data.links: true` if the links are yours; do not use the data set if they are not",
+                )
 
-        broken = (OSError, ValueError, SyntaxError, EOFError, DecompressionBombError)  # what Pillow raises for files
+    def decode(self, part: str, classes: tuple[str, ...], limit: int | None) -> Arrays:
         paths = self.files(part, limit)
         number = {name: i for i, name in enumerate(classes)}
         labels = np.array([number[p.parent.name] for p in paths], np.int64)
         failed: list[str] = []
+        sizes: set[tuple[int, ...]] = set()
+        kept = np.empty(0, np.uint8)
 
         def one(path: Path) -> np.ndarray | None:
             try:
                 return self.image(path)
-            except broken as error:
-                failed.append(f"{path} ({error})")
+            except DataError as error:
+                failed.append(f"{path} ({error.what})")
                 return None
 
-        images: list[np.ndarray | None] = []
-        with ThreadPoolExecutor(os.cpu_count()) as pool, bar(f"decode {part}", len(paths)) as advance:
-            for image in pool.map(one, paths, chunksize=64):
-                images.append(image)
+        with (
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+            bar(f"decode {part}", len(paths)) as advance,
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # of Pillow: about what it reads all the same
+            for index, image in enumerate(pool.map(one, paths)):
+                if image is not None and not sizes:
+                    kept = room(part, len(paths), image.shape)
+                if image is not None:
+                    sizes.add(image.shape)
+                    if len(sizes) == 1:
+                        kept[index] = image
                 advance()
         if failed:
             raise DataError(
                 f"{len(failed)} of {len(paths)} images cannot be read: {'; '.join(sorted(failed)[:SHOWN])}",
                 hint="mend or remove them",
             )
-        whole = [image for image in images if image is not None]
-        shapes = {image.shape for image in whole}
-        if len(shapes) > 1:
-            sizes = ", ".join(f"{w}x{h}" for h, w, _ in sorted(shapes)[:SHOWN])
-            raise DataError(f"the images of `{part}` differ in size ({sizes} ...)", hint="set data.size")
-        return Arrays(np.stack(whole), labels)
+        if len(sizes) > 1:
+            some = ", ".join(f"{w}x{h}" for h, w, _ in sorted(sizes)[:SHOWN])
+            raise DataError(f"the images of `{part}` differ in size ({some} ...)", hint="set data.size")
+        return Arrays(kept, labels)
 
     def image(self, path: Path) -> np.ndarray:
-        """(H, W, C) uint8."""
+        """(H, W, C) uint8: the first picture of a file, 16 bits cut to 8, transparency left out.
+
+        Raises DataError if it is none, too large, or of numbers that are no grey levels.
+        """
         from PIL import Image, ImageOps
 
-        with Image.open(path) as opened:
-            image = opened.convert("L" if self.grey else "RGB")
+        with (
+            foreign("it is not whole, or no image", "mend or remove it", DataError),
+            Image.open(path, formats=FORMATS) as opened,
+        ):
+            if opened.width * opened.height > LARGEST:
+                raise DataError(f"{opened.width}x{opened.height} pixels are more than {LARGEST / 1e6:.0f} million")
+            image = eight_bits(opened).convert("L" if self.grey else "RGB")
         if self.size is not None:
             image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BILINEAR)
         return np.asarray(image).reshape(image.height, image.width, -1)
+
+
+def eight_bits(image: Image) -> Image:
+    """The picture, with 8 bits where it has 16 in grey. Raises DataError for numbers that need a scale."""
+    from PIL import Image as pillow
+
+    if image.mode.startswith("I;16"):
+        return pillow.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DataError("its pixels are numbers of 32 bits, whose black and white are not known")
+    return image
+
+
+def room(part: str, count: int, shape: tuple[int, ...]) -> np.ndarray:
+    """An array for so many images. Raises DataError where this machine has no memory for them."""
+    needed, here = count * int(np.prod(shape)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > here:
+        raise DataError(
+            f"the {count} images of `{part}` take {needed / 1e9:.1f} GB, and this machine has {here / 1e9:.1f} GB",
+            hint="set data.size",
+        )
+    return np.empty((count, *shape), np.uint8)
 
 
 PLUGIN = Folder

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from edgekd.core.errors import ConfigError
+from edgekd.core.foreign import foreign
 from edgekd.core.model import Model
 
 
@@ -36,18 +38,12 @@ class Python(Model):
         """
         module, _, name = self.function.partition(":")
         self.spec()
-        try:
+        with importing(module):
             made = getattr(importlib.import_module(module), name, None)
-        except (ImportError, SyntaxError) as error:
-            raise not_importable(module, error) from error
         if not callable(made):
             raise ConfigError(f"`{module}` has no function `{name}`", hint="check the spelling")
-        try:
+        with foreign(f"`{self.function}` cannot be called with args {self.args}", f"it is {called(made)}"):
             network = made(**self.args)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"`{self.function}` cannot be called with args {self.args}: {error}", hint=f"it is {called(made)}"
-            ) from error
         if not isinstance(network, nn.Module):
             raise ConfigError(f"`{self.function}` returned {type(network).__name__}", hint="return a torch nn.Module")
         return network
@@ -77,12 +73,13 @@ class Python(Model):
         if str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))
         module = package or self.function.partition(":")[0]
-        try:
-            spec = find_spec(module)
-        except (ImportError, SyntaxError) as error:
-            if not (isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")):
-                raise not_importable(module, error) from error
-            spec = None
+        spec = None
+        with importing(module):
+            try:
+                spec = find_spec(module)  # which imports the packages that it lies in
+            except ModuleNotFoundError as error:
+                if not f"{module}.".startswith(f"{error.name}."):
+                    raise
         if spec is None or not (package or spec.has_location):
             raise ConfigError(
                 f"there is no Python module `{module}`",
@@ -91,9 +88,8 @@ class Python(Model):
         return spec
 
 
-def not_importable(module: str, error: Exception) -> ConfigError:
-    cause = f"{type(error).__name__}: {error}"
-    return ConfigError(f"`{module}` cannot be imported: {cause}", hint="mend it, or install what it imports")
+def importing(module: str) -> AbstractContextManager[None]:
+    return foreign(f"`{module}` cannot be imported", "mend it, or install what it imports")
 
 
 def called(function: Callable[..., Any]) -> str:
@@ -101,7 +97,7 @@ def called(function: Callable[..., Any]) -> str:
     name = getattr(function, "__name__", "called")
     try:
         return f"{name}{signature(function)}"
-    except ValueError:  # of a built-in
+    except (ValueError, TypeError):  # of a built-in
         return f"{name}(...)"
 
 

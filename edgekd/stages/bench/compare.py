@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import cast, get_args
@@ -14,6 +13,7 @@ from edgekd.core import onnx_facts, plugins
 from edgekd.core.artifact import File, TensorSpec
 from edgekd.core.errors import ConfigError, DataError, TargetUnavailable
 from edgekd.core.files import save_array
+from edgekd.core.foreign import foreign
 from edgekd.core.target import Target
 from edgekd.core.trial import BenchResult, Contestant
 from edgekd.stages.bench.benchmark import BenchConfig, benchmark, noise
@@ -134,11 +134,8 @@ def true_classes(labels: Path, inputs: File, contestants: tuple[Contestant, ...]
     if not labels.is_file():
         raise ConfigError(f"there is no file `{labels}`", hint="give an .npy of class numbers")
     as_npy = "write it with numpy.save(path, labels), labels being class numbers, one for each image"
-    try:
-        with labels.open("rb") as stream:
-            found = np.load(stream, allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"`{labels}` is not a readable .npy file of numbers: {error}", hint=as_npy) from error
+    with foreign(f"`{labels}` is not a readable .npy file of numbers", as_npy, DataError), labels.open("rb") as stream:
+        found = np.load(stream, allow_pickle=False)
     if not isinstance(found, np.ndarray):
         raise DataError(f"`{labels}` is an archive of arrays", hint=as_npy)
     if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 from edgekd.core import plugins
 from edgekd.core.errors import ConfigError
 from edgekd.core.gate import Decision, Gate, Outcome
+from edgekd.core.text import visible
 from edgekd.core.trial import BenchResult, Interval, Measurement
 from edgekd.stages.report.figures import size
 
@@ -111,7 +112,7 @@ def junit(decisions: tuple[Decision, ...], path: Path) -> None:
     totals = {"tests": len(decisions), "failures": counts["failed"], "errors": counts["undecided"]}
     suite = ElementTree.Element("testsuite", {"name": "edgekd"} | {k: str(v) for k, v in totals.items()})
     for d in decisions:
-        case = ElementTree.SubElement(suite, "testcase", classname=d.target, name=d.gate.words)
+        case = ElementTree.SubElement(suite, "testcase", classname=visible(d.target), name=visible(d.gate.words))
         if d.outcome != "passed":
-            ElementTree.SubElement(case, "failure" if d.outcome == "failed" else "error", message=d.reason)
+            ElementTree.SubElement(case, "failure" if d.outcome == "failed" else "error", message=visible(d.reason))
     ElementTree.ElementTree(suite).write(path, "utf-8", xml_declaration=True)

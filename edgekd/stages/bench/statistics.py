@@ -116,10 +116,10 @@ def doubts(
         found.append(
             f"A/A: two sessions of the same file differ by {100 * abs(aa.mid - 1):.1f} % ({aa.low:.3f}-{aa.high:.3f})"
         )
-    for name, ns in samples.items():
-        change = drift(ns, sessions) if ns.size else 0.0
-        if abs(change) > DRIFT_TOLERANCE:
-            found.append(f"drift: the median of {name} moved by {100 * change:+.1f} % from first to last third")
+    changes = {name: drift(ns, sessions) for name, ns in samples.items() if ns.size}
+    if drifted := {name: change for name, change in changes.items() if abs(change) > DRIFT_TOLERANCE}:
+        told = ", ".join(f"{name} {100 * change:+.1f} %" for name, change in drifted.items())
+        found.append(f"drift: medians moved from the first to the last third of the rounds: {told}")
     unsteady = [model["name"] for model in result["models"] if not model.get("warmup", {}).get("steady", True)]
     if unsteady:
         found.append(f"warm-up: {', '.join(unsteady)} had not become steady when timing began")

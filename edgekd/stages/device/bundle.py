@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 
 from edgekd import __version__
-from edgekd.core import onnx_facts
+from edgekd.core import onnx_facts, plain
 from edgekd.core.artifact import File, Floats, OnnxModel
-from edgekd.core.errors import ConfigError, ModelError
+from edgekd.core.errors import ConfigError, ModelError, StaleArtifact
 from edgekd.core.files import save_array
+from edgekd.core.places import leads_out
 from edgekd.core.settings import Settings
 from edgekd.core.target import Engine, Target
 from edgekd.core.trial import Role
 from edgekd.stages.bench.benchmark import BenchConfig
 from edgekd.stages.bench.runner import job
+from edgekd.stages.device import form
 from edgekd.stages.device.instructions import RUN, readme
 from edgekd.stages.export.fp16 import bake
 from edgekd.stages.lint.lint import described, lint
@@ -29,6 +31,7 @@ from edgekd.targets._jetpack import table
 
 SCHEMA = 1  # of manifest.json, which the runner reads
 MANIFEST = "manifest.json"
+REFUSED = "make the bundle again; do not use it if it came from elsewhere"
 AGREEMENT = {"fp32": 99.0, "fp16": 99.0, "int8": 98.0}  # percent of top classes that must be the host's: of an engine
 CACHED = 95.0  # built from a cache: TensorRT chooses where it computes in INT8, the host knows the FP32 answers only
 BAKED_WITH = 64  # calibration images that an FP16 file is compared with the FP32 one on
@@ -73,7 +76,17 @@ class Bundle:
         return self.manifest.path.parent
 
     def read(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.manifest.path.read_text())
+        """The manifest. Raises ConfigError where it is none, or names files that are not in the folder."""
+        path = self.manifest.path
+        found: dict[str, Any] = plain.read(path, REFUSED)
+        try:
+            plain.load(form.Manifest, found, hint=REFUSED)
+        except ConfigError as error:
+            raise ConfigError(f"`{path}` is no manifest of a bundle: {error.what}", hint=REFUSED) from None
+        used = [row.get(key) for row in found["engines"] for key in ("model", "expected", "cache")]
+        for name in map(str, filter(None, (*found["files"], found["inputs"], found["labels"], *used))):
+            if name not in found["files"] or leads_out(self.folder, name):
+                raise ConfigError(f"`{name}` in `{path}` is no file of this bundle, with its hash", hint=REFUSED)
         return found
 
 
@@ -149,7 +162,8 @@ def bundle(
     (out / "README.md").write_text(
         readme(manifest, len(images), (*delivery.why, *delivery.instead), remarks), encoding="utf-8"
     )
-    manifest["files"] = {str(path.relative_to(out)): listed(path) for path in files_in(out)}
+    files = {str(path.relative_to(out)): File.of(path) for path in files_in(out)}
+    manifest["files"] = {name: {"sha256": file.sha256, "bytes": file.bytes} for name, file in files.items()}
     (out / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     return Bundle(File.of(out / MANIFEST))
 
@@ -262,17 +276,15 @@ def files_in(folder: Path) -> list[Path]:
     return [p for p in inside if p.name not in (MANIFEST, "step.json") and p.relative_to(folder).parts[0] != "results"]
 
 
-def listed(path: Path) -> dict[str, Any]:
-    return {"sha256": File.of(path).sha256, "bytes": path.stat().st_size}
-
-
 def place(made: Bundle, home: Path) -> Path:
     """Copy a bundle to where people look for it, its manifest last; results that are there already stay.
 
-    Raises StaleArtifact if a file of the bundle changed since it was made.
+    Raises StaleArtifact if a file of the bundle changed since it was made, or links there lead elsewhere.
     """
     wanted = made.read()["files"]
     for relative, facts in wanted.items():
+        if home.is_symlink() or leads_out(home, relative):
+            raise StaleArtifact(f"`{home / relative}` leads out of `{home}`", hint=f"remove `{home}`, then build again")
         source, goal = File.checked(made.folder / relative, facts["sha256"]).path, home / relative
         goal.parent.mkdir(parents=True, exist_ok=True)
         partial = goal.with_name(f"{goal.name}.partial")
@@ -281,6 +293,6 @@ def place(made: Bundle, home: Path) -> Path:
     for path in files_in(home):
         if str(path.relative_to(home)) not in wanted:
             path.unlink()
-    shutil.copyfile(made.manifest.path, home / f"{MANIFEST}.partial")
-    (home / f"{MANIFEST}.partial").replace(home / MANIFEST)
+    partial = home / f"{MANIFEST}.partial"
+    shutil.copyfile(made.manifest.path, partial).replace(home / MANIFEST)
     return home

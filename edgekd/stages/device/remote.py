@@ -165,7 +165,7 @@ def bring(to: Device, out: Path) -> None:
         try:
             with tarfile.open(fileobj=kept, mode="r") as archive:
                 for member in archive:
-                    content = archive.extractfile(member)
+                    content = archive.extractfile(member) if member.isfile() else None
                     if content is None or not named_file(member.name):
                         raise StaleArtifact(f"{to} sent `{member.name}`, which is no result", hint="do not trust it")
                     with (out / member.name).open("wb") as goal:

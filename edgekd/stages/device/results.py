@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import zipfile
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,14 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from edgekd.core import plain
 from edgekd.core.artifact import File, Precision
 from edgekd.core.errors import ConfigError, EdgekdError, StaleArtifact
+from edgekd.core.files import load_array, load_arrays
 from edgekd.core.trial import BenchResult, Contestant, Machine, Runtime
 from edgekd.stages.bench import statistics
 from edgekd.stages.bench.benchmark import RUNTIME, BenchConfig, environment, read_back
 from edgekd.stages.bench.judge import judged, trials
 from edgekd.stages.bench.runner import machine, nanoseconds
 from edgekd.stages.bench.scenario import Scenario
+from edgekd.stages.device import form
 from edgekd.stages.device.bundle import SCHEMA, Bundle
 
 RESULT, SAMPLES = "result.json", "samples.npz"
@@ -48,18 +49,24 @@ def named_file(name: str) -> bool:
 def read(path: Path) -> dict[str, Any]:
     """A result.json. Raises ConfigError where it is none."""
     hint = "name the result.json that `sh run.sh` wrote in a bundle's folder `results`"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"`{path}` cannot be read: {error}", hint=hint) from None
+    found = plain.read(path, hint)
     if not isinstance(found, dict) or not {"bundle", "bench", "verify", "files"} <= found.keys():
         raise ConfigError(f"`{path}` is no result of a bundle", hint=hint)
     if found.get("schema") != SCHEMA:
         raise ConfigError(
-            f"`{path}` has schema {found.get('schema')}; this edgekd reads {SCHEMA}",
+            f"`{path}` has schema {str(found.get('schema'))[:20]}; this edgekd reads {SCHEMA}",
             hint="use one edgekd to make the bundle and to read its result",
         )
+    formed(form.Result, found, path)
     return found
+
+
+def formed(kind: Any, found: Any, path: Path) -> None:
+    """Raises ConfigError where what edgekd reads of a JSON file is missing, or of another type."""
+    try:
+        plain.load(kind, found, hint=AGAIN)
+    except ConfigError as error:
+        raise ConfigError(f"`{path}` is not as the runner writes it: {error.what}", hint=error.hint) from None
 
 
 def taken(folder: Path, bundle: Bundle) -> Returned:
@@ -78,7 +85,7 @@ def taken(folder: Path, bundle: Bundle) -> Returned:
     files = []
     for name, facts in found["files"].items():
         array = folder / name
-        if not named_file(name) or not array.is_file():
+        if not named_file(name) or not array.is_file() or array.is_symlink():
             raise StaleArtifact(f"`{name}` of the result is not in `{folder}`", hint=f"it is not whole: {AGAIN}")
         file = File.of(array)
         if file.sha256 != facts["sha256"]:
@@ -101,17 +108,21 @@ def same_models(found: dict[str, Any], bundle: Bundle) -> None:
     """Raise StaleArtifact unless the files that were timed are those of the bundle."""
     manifest = bundle.read()
     engines = {engine["name"]: engine for engine in manifest["engines"]}
-    for model in found["bench"]["models"]:
-        engine = engines.get(model["name"].removesuffix(" again"))
+    models = found["bench"]["models"]
+    for model in models:
+        engine = engines.get(model["name"] if model is not models[-1] else model["name"].removesuffix(" again"))
         if engine is None or manifest["files"][engine["model"]]["sha256"] != model["sha256"]:
             raise StaleArtifact(f"`{model['name']}` of the result is no engine of this bundle", hint=AGAIN)
+    names = [model["name"] for model in models]
+    if len(set(names)) < len(names) or names[-1].removesuffix(" again") not in names[:-1]:
+        raise StaleArtifact(f"the result is of {', '.join(names)}: one of them is there twice", hint=AGAIN)
 
 
 def measured(out: Path, bundle: Bundle, returned: Returned, config: BenchConfig) -> BenchResult:
     """The comparison on the device: ratios, the A/A control and readings, all from its raw samples and answers.
 
     `config` says which metrics are read. The models are linked into `out`, the samples copied. Raises StaleArtifact
-    where arrays do not fit each other.
+    where arrays do not fit each other, ConfigError where they are none.
     """
     manifest, found = bundle.read(), returned.read()
     bench = found["bench"]
@@ -123,7 +134,7 @@ def measured(out: Path, bundle: Bundle, returned: Returned, config: BenchConfig)
     ns = calls(samples, timed, bench["protocol"]["blocks"])
     labels = File.of(bundle.folder / manifest["labels"]) if manifest["labels"] else None
     images = len(np.load(bundle.folder / manifest["inputs"], mmap_mode="r"))
-    logits = [answers(returned, rows[name][0], images) for name in timed[:-1]]
+    logits = [answers(returned, rows[name][0], (images, *shape(bundle, rows[name][1]))) for name in timed[:-1]]
     reference = next((c.name for c in contestants if (c.role, c.precision) == ("student", "fp32")), timed[0])
     seen = trials(contestants, ns, logits, labels, reference)
     drawn, wrong = energy(found), astray(found)
@@ -159,7 +170,12 @@ def contestant(bundle: Bundle, manifest: dict[str, Any], row: dict[str, Any]) ->
     precision: Precision = "int8" if "int8" in row["precisions"] else row["precisions"][0]
     file = File.checked(bundle.folder / row["model"], manifest["files"][row["model"]]["sha256"])
     facts = (row["role"], row["method"], precision, file, row["macs"], row["parameters"])
-    return Contestant(row["name"], *facts, knows=row["knows"], floats=row.get("floats", "fp32"))
+    return Contestant(row["name"], *facts, knows=row.get("knows", True), floats=row.get("floats", "fp32"))
+
+
+def shape(bundle: Bundle, row: dict[str, Any]) -> tuple[int, ...]:
+    """Of an engine's answer to one input, as the host has it."""
+    return tuple(load_array(bundle.folder / row["expected"]).shape[1:])
 
 
 def copied(out: Path, returned: Returned) -> File:
@@ -172,27 +188,24 @@ def copied(out: Path, returned: Returned) -> File:
 
 def calls(samples: File, timed: list[str], blocks: int) -> list[np.ndarray]:
     """Nanoseconds of every model, (blocks, calls). Raises StaleArtifact where the arrays do not fit the result."""
-    unfit = StaleArtifact(f"`{SAMPLES}` of the result does not fit what it says of it", hint=AGAIN)
-    try:
-        with np.load(samples.path, allow_pickle=False) as stored:
-            names, counts = stored["names"].tolist(), np.bincount(stored["model"], minlength=len(timed))
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        raise unfit from None
-    if names != timed or len(counts) != len(timed) or not counts.all() or (counts % blocks).any():
-        raise unfit
+    names, model, ns = load_arrays(samples.path, ("names", "model", "ns"))
+    whole = all(array.ndim == 1 and array.dtype.kind == "i" for array in (model, ns)) and len(model) == len(ns)
+    if not whole or names.tolist() != timed or not ((model >= 0) & (model < len(timed)) & (ns > 0)).all():
+        raise StaleArtifact(f"`{SAMPLES}` of the result does not fit what it says of it", hint=AGAIN)
+    counts = np.bincount(model, minlength=len(timed))
+    if not counts.all() or (counts % blocks).any():
+        raise StaleArtifact(f"`{SAMPLES}` of the result has not {blocks} whole blocks of each model", hint=AGAIN)
     return nanoseconds(samples, len(timed), blocks)
 
 
-def answers(returned: Returned, index: int, images: int) -> np.ndarray:
-    """Of engine `index` to all inputs; nothing where some of them are no numbers."""
+def answers(returned: Returned, index: int, expected: tuple[int, ...]) -> np.ndarray:
+    """Of engine `index` to all inputs; nothing where they are not of the `expected` shape, or some are no numbers."""
     path = returned.array(f"logits-{index}.npy")
-    try:
-        logits = None if path is None else np.load(path, allow_pickle=False)
-    except (ValueError, EOFError):
-        logits = None
-    if logits is None or len(logits) != images:
-        raise StaleArtifact(f"the result has no answers of engine {index} to all {images} inputs", hint=AGAIN)
-    return logits if np.isfinite(logits).all() else np.zeros((0, 0), np.float32)
+    logits = None if path is None else load_array(path)
+    if logits is None or logits.dtype.kind != "f" or logits.shape[:1] != expected[:1]:
+        raise StaleArtifact(f"the result has no answers of engine {index} to all {expected[0]} inputs", hint=AGAIN)
+    usable = logits.shape == expected and np.isfinite(logits).all()
+    return logits if usable else np.zeros((0, 0), np.float32)
 
 
 def device(found: dict[str, Any]) -> Machine:

@@ -17,6 +17,7 @@ from edgekd.learn import weights
 from edgekd.stages.export.export import ExportConfig, export
 from edgekd.stages.quantize.calibrate import load_calibration
 from edgekd.stages.training.distill import Trained
+from edgekd.stages.training.lesson import built
 from edgekd.targets import _jetpack
 
 
@@ -40,11 +41,11 @@ def export_checkpoint(
     if not images.is_file():
         raise ConfigError(f"there is no file `{images}`", hint="give real network inputs: .npz or .npy, (N, C, H, W)")
     inputs = load_calibration(images, TensorSpec("image", (0, 0, 0, 0)))
-    built = described(model).build(classes, inputs.shape[1])
-    weights.load(built, checkpoint, trust)
+    network = built(described(model), classes, inputs.shape[1])
+    weights.load(network, checkpoint, trust)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".edgekd-", dir=out.parent) as folder:  # beside it: a rename, not a copy
-        made = export(Path(folder), out.stem, built, inputs, (classes,), config).single
+        made = export(Path(folder), out.stem, network, inputs, (classes,), config).single
         made.file.path.replace(out)
     return replace(made, file=File.of(out))
 

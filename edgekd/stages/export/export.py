@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from edgekd.core import onnx_facts, onnx_files
 from edgekd.core.errors import ConfigError, ExportError, ParityError
+from edgekd.core.foreign import foreign
 from edgekd.core.onnx_facts import Exported, OnnxFacts
 from edgekd.core.settings import Settings
 
@@ -65,15 +66,15 @@ def export(
     images = images[: config.images]
     plain = deepcopy(network).to("cpu", torch.float32).eval()
     plain = plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    try:
-        with torch.no_grad():
-            logits = plain(torch.from_numpy(images))
-    except (RuntimeError, ValueError) as error:
-        cause = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise ExportError(
-            f"the network does not take images of shape (N, {', '.join(map(str, images.shape[1:]))}): {cause}",
-            hint="give it the channels and the size that it was made for",
-        ) from error
+    with (
+        foreign(
+            f"the network does not take images of shape (N, {', '.join(map(str, images.shape[1:]))})",
+            "give it the channels and the size that it was made for",
+            ExportError,
+        ),
+        torch.no_grad(),
+    ):
+        logits = plain(torch.from_numpy(images))
     wanted = (len(images), *(answer if answer is not None else getattr(logits, "shape", (0,))[1:]))
     if not isinstance(logits, torch.Tensor) or logits.shape != wanted:
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
@@ -100,20 +101,15 @@ def translate(network: nn.Module, images: np.ndarray, opset: int, answer: tuple[
 
     first = torch.from_numpy(images[:1])
     probe = torch.cat([first, first])  # two: a batch of one would be taken for a constant
-    try:
-        with hushed():
-            return (
-                programmed(network, probe, opset) if opset >= PROGRAM_OPSET else traced(network, probe, opset, answer)
-            )
-    except (RuntimeError, TypeError, ValueError) as error:  # what an exporter does not know ends in one of these
-        root: BaseException = error
-        while root.__cause__:
-            root = root.__cause__
-        cause = next(iter(str(root).strip().splitlines()), "") or type(root).__name__
-        raise ExportError(
-            f"torch cannot export `{type(network).__name__}` to ONNX: {cause}",
-            hint="forward() must take one image batch and have no branch that depends on the values of tensors",
-        ) from error
+    with (
+        foreign(
+            f"torch cannot export `{type(network).__name__}` to ONNX",
+            "forward() must take one image batch and have no branch that depends on the values of tensors",
+            ExportError,
+        ),
+        hushed(),
+    ):
+        return programmed(network, probe, opset) if opset >= PROGRAM_OPSET else traced(network, probe, opset, answer)
 
 
 def programmed(network: nn.Module, probe: Tensor, opset: int) -> onnx.ModelProto:

@@ -50,6 +50,7 @@ class View:
 
     @cached_property
     def constants(self) -> dict[str, onnx.TensorProto]:
+        import onnx
         from onnx import helper, numpy_helper
 
         found = {tensor.name: tensor for graph in self.graphs for tensor in graph.initializer}
@@ -59,7 +60,8 @@ class View:
                 if isinstance(value, (int, float, list)):
                     kind = np.float32 if node.attribute[0].name.startswith("value_float") else np.int64
                     value = numpy_helper.from_array(np.array(value, kind))
-                found[node.output[0]] = value
+                if isinstance(value, onnx.TensorProto):  # no text, and no sparse tensor
+                    found[node.output[0]] = value
         return found
 
     @cached_property
@@ -106,9 +108,16 @@ class View:
 
     def behind(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
         """What reads a node's output, Q/DQ pairs in between left out."""
-        found = []
-        for reader in self.next(node):
-            found += self.behind(reader) if reader.op_type in PAIR else [reader]
+        found, seen, waiting = [], set(), self.next(node)[::-1]
+        while waiting:
+            reader = waiting.pop()
+            if id(reader) in seen:  # pairs may fork and meet again, so that there are more ways than nodes
+                continue
+            seen.add(id(reader))
+            if reader.op_type in PAIR:
+                waiting += self.next(reader)[::-1]
+            else:
+                found.append(reader)
         return found
 
     def quantized(self, name: str) -> bool:
@@ -116,16 +125,19 @@ class View:
 
     def source(self, name: str) -> str:
         """The float tensor that a Q/DQ pair hides: `x` for x -> Q -> DQ -> name."""
-        while (node := self.maker(name, *PAIR)) is not None:
+        seen: set[str] = set()  # graphs inside of nodes may use one name for several tensors
+        while name not in seen and (node := self.maker(name, *PAIR)) is not None:
+            seen.add(name)
             name = node.input[0]
         return name
 
     def number(self, node: onnx.NodeProto, position: int) -> np.ndarray | None:
-        """The constant at an input of a node; None if there is none."""
+        """The constant at an input of a node; None if there is none of real numbers."""
         from onnx import numpy_helper
 
         tensor = self.constants.get(node.input[position]) if len(node.input) > position else None
-        return None if tensor is None else numpy_helper.to_array(tensor)
+        array = None if tensor is None else numpy_helper.to_array(tensor)
+        return None if array is None or array.dtype.kind in "OSUc" else array
 
     def is_per_channel(self, node: onnx.NodeProto) -> bool:
         """Whether a Q or DQ has more than one scale."""

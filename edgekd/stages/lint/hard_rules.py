@@ -76,8 +76,8 @@ def zero_point_zero(view: View) -> Found:
     for node in view.pairs:
         zeros = view.number(node, 2)
         if zeros is not None and zeros.astype(np.float32).any():
-            worst = int(zeros.astype(np.float32).ravel()[np.abs(zeros.astype(np.float32)).argmax()])
-            yield node, f"its zero point is {worst}: the quantization is asymmetric"
+            worst = zeros.astype(np.float32).ravel()[np.abs(zeros.astype(np.float32)).argmax()]
+            yield node, f"its zero point is {worst:.0f}: the quantization is asymmetric"
 
 
 def zero_point_size(view: View) -> Found:

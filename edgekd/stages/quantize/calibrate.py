@@ -15,10 +15,12 @@ import numpy as np
 
 from edgekd.core.artifact import File, TensorSpec
 from edgekd.core.errors import ConfigError, DataError
+from edgekd.core.foreign import foreign
 from edgekd.core.settings import Settings
 from edgekd.core.splits import stratified
 from edgekd.core.task import Task
 
+LARGEST = 4 << 30  # bytes of a compressed array: others are mapped, and read as they are needed
 PORTION = 16  # inputs of a mapped file that are in memory at once
 
 
@@ -146,8 +148,8 @@ def check_split(path: Path) -> None:
     """Raises DataError if a manifest beside the file, as `collect` writes it, names another split than `train`."""
     beside = path.with_name("manifest.json")
     try:
-        manifest = json.loads(beside.read_bytes())
-    except (OSError, ValueError):  # none, or somebody else's
+        manifest = json.loads(beside.read_bytes()) if beside.is_file() else None
+    except (OSError, ValueError, RecursionError):  # somebody else's
         return
     if not isinstance(manifest, dict) or manifest.get("split", "train") == "train":
         return
@@ -205,21 +207,17 @@ def read(path: Path, spec: TensorSpec) -> np.ndarray:
     """The array in the file. Raises DataError if it is missing, unreadable, or not clear which one it is."""
     if not path.is_file():
         raise missing(path)
-    try:
-        if path.suffix != ".npy" and zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-                name = names[0] if len(names) == 1 else spec.name
-                if name in names:
-                    return member(path, archive.getinfo(f"{name}.npy"))
-        else:
+    names: list[str] = []
+    readable = "write it with numpy.savez(path, image=inputs)"
+    with foreign(f"`{path}` is not a readable .npz or .npy file of numbers", readable, DataError):
+        if path.suffix == ".npy" or not zipfile.is_zipfile(path):
             array: np.ndarray = np.lib.format.open_memmap(path, mode="c")
             return array
-    except (ValueError, EOFError, zipfile.BadZipFile, OSError) as error:
-        raise DataError(
-            f"`{path}` is not a readable .npz or .npy file of numbers: {error}",
-            hint="write it with numpy.savez(path, image=inputs)",
-        ) from error
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+            name = names[0] if len(names) == 1 else spec.name
+            if name in names:
+                return member(path, archive.getinfo(f"{name}.npy"))
     raise DataError(
         f"`{path}` holds the arrays {', '.join(names) or 'none'}, but none called `{spec.name}`",
         hint=f"keep one array, or call it `{spec.name}` like the model's input",
@@ -233,7 +231,11 @@ def missing(path: Path) -> DataError:
 def member(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
     """An array in an .npz file: mapped where it is stored as it is, else loaded."""
     if info.compress_type != zipfile.ZIP_STORED:
-        with np.load(path) as found:
+        if info.file_size > LARGEST:
+            raise DataError(
+                f"`{path}` unpacks to {info.file_size / 1e9:.0f} GB", hint="write it with numpy.savez, not compressed"
+            )
+        with np.load(path, allow_pickle=False) as found:
             array: np.ndarray = found[info.filename.removesuffix(".npy")]
             return array
     with path.open("rb") as stream:

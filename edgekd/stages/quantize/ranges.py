@@ -13,6 +13,7 @@ import numpy as np
 from edgekd.core import onnx_facts, progress
 from edgekd.core.artifact import STORY, File
 from edgekd.core.errors import ConfigError, DataError, ModelError
+from edgekd.core.foreign import foreign
 from edgekd.core.onnx_facts import Exported, OnnxFacts
 from edgekd.core.settings import Settings
 from edgekd.stages.quantize import histogram
@@ -288,5 +289,6 @@ def prepared(path: Path) -> onnx.ModelProto:
 
     onnx_facts.session(path)  # what onnxruntime cannot load raises here, with its reason
     with TemporaryDirectory(prefix="edgekd-") as folder:
-        quant_pre_process(path, f"{folder}/folded.onnx", skip_symbolic_shape=True)
+        with foreign(f"onnxruntime cannot prepare `{path}`", "export it anew, with constants folded", ModelError):
+            quant_pre_process(path, f"{folder}/folded.onnx", skip_symbolic_shape=True)
         return onnx.load(f"{folder}/folded.onnx")

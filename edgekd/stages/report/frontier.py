@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from edgekd.core.mix import Frontier, Marks, Mix
 from edgekd.core.trial import Interval
@@ -120,12 +121,29 @@ def piped(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def drawn(found: Frontier) -> str:
-    """Accuracy over latency, or over MACs in float where that was not measured: inline SVG."""
+    """Accuracy over latency, or over MACs in float where that was not measured: inline SVG.
+
+    Dots for mixes, labelled by how many layers are in float; a square for the float file; a dashed line at the limit.
+    """
+    timed, colours = found.fp32 is not None, plots.COLOURS
     shown = ordered(found)
-    timed = found.fp32 is not None
     x = [mix.price.mid if timed and mix.price else 100 * mix.macs for mix in shown]
-    dots = [(at, mix.marks.accuracy, mix is found.mix, str(len(mix.floats))) for at, mix in zip(x, shown, strict=True)]
-    end = (found.fp32.mid if found.fp32 else 100.0, found.accuracy)
-    axis = "latency, all in INT8 = 1 (left is better)" if timed else "MACs in float, % (left is cheaper)"
-    title = f"Mixes of INT8 and float layers: {found.network} on {found.target}"
-    return plots.frontier(title, axis, f"{PERCENT[found.metric][0]}, % (up is better)", dots, end, found.max_drop)
+    dots = [(at, mix.marks.accuracy) for at, mix in zip(x, shown, strict=True)]
+    edge, fp32 = plots.front(dots), (found.fp32.mid if found.fp32 else 100.0, found.accuracy)
+    style: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
+    with plots.canvas(f"Mixes of INT8 and float layers: {found.network} on {found.target}", 3.2) as (axes, done):
+        axes.set(xlabel="latency, all in INT8 = 1 (left is better)" if timed else "MACs in float, % (left is cheaper)")
+        axes.set(ylabel=f"{PERCENT[found.metric][0]}, % (up is better)")
+        axes.plot(*zip(*edge, strict=True), color=colours["mute"], lw=0.8)
+        for mix, dot in zip(shown, dots, strict=True):
+            chosen = mix is found.mix
+            look: dict[str, Any] = {"fillstyle": "full" if chosen else "none", "color": colours["c1"]}
+            axes.plot(*dot, marker="o", ms=9 if chosen else 6, mew=1.5, ls="none", clip_on=False, **look)
+            if chosen or dot in edge:
+                axes.annotate(str(len(mix.floats)), dot, (0, 7), **style)
+        axes.plot(*fp32, marker="s", ms=7, color=colours["c3"], ls="none", clip_on=False)
+        axes.annotate("FP32", fp32, (0, -13), **style)
+        if found.max_drop is not None:
+            axes.axhline(fp32[1] - found.max_drop, color=colours["c2"], lw=0.9, ls="--")
+        axes.margins(0.08, 0.15)
+    return done[0]

@@ -6,17 +6,21 @@ import html
 import io
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgekd.core.artifact import EpochRecord, Weights
+from edgekd.core.text import visible
 from edgekd.core.trial import Measurement
+from edgekd.stages.report import labels, words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 # Matplotlib knows no CSS variables: it draws in these, and `inline` puts the variables in.
 COLOURS = {"ink": "#010101", "mute": "#010102", "rule": "#010103"} | {f"c{i}": f"#01010{3 + i}" for i in range(1, 6)}
@@ -42,133 +46,153 @@ STYLE: dict[Any, Any] = {  # matplotlib's settings
 }
 WIDTH = 4.8  # inches: text is legible when a phone shows the plot at its own width
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-Box = tuple[float, float, float, float]  # left, bottom, right, top in points
+AGAIN = " again"  # ends the name of the baseline's second session, the A/A control
+BINS = 140  # of a distribution over the width of the plot
+CROWD, WIDE = 6, 24  # dots, and letters of a name, for which there is room
+LONG = 44  # letters in a row
+Places = Sequence[tuple[float, float]]
 
 
 def accuracy_against_latency(title: str, measurements: Sequence[Measurement], key: str, name: str) -> str:
-    """A dot for every model: accuracy (reading `key`, percent) over median latency (ms, log); FILLS by precision."""
-    shown = sorted(measurements, key=lambda m: -m.readings[key])
-    with canvas(title, 3.6) as (axes, drawn):
-        x, y = ([m.readings[reading] for m in shown] for reading in ("p50_ms", key))
+    """A dot for every model: accuracy (reading `key`, percent) over median latency (ms, log); FILLS by precision.
+
+    Dashed steps join those that no other beats in both. Many models have letters, told below.
+    """
+    names = [short(m.contestant.name) for m in measurements]
+    coded = len(names) > CROWD or max(map(len, names)) > WIDE
+    signs = [lettered(i) for i in range(len(names))] if coded else names
+    shown = sorted(zip(signs, measurements, strict=True), key=lambda one: -one[1].readings[key])
+    inks = [COLOURS[LOOK[m.contestant.role][0]] for m in measurements]
+    with canvas(title, 3.6, rows=len(names) if coded else 0) as (axes, drawn):
+        x, y = ([m.readings[reading] for _, m in shown] for reading in ("p50_ms", key))
         spare = max(0.15 * (max(y) - min(y)), 0.5)
         axes.set(xscale="log", xlabel="median latency, ms (log; left is better)", ylabel=f"{name}, % (up is better)")
         axes.set(xlim=(min(x) / 1.4, max(x) * 1.4), ylim=(min(y) - spare, max(y) + spare))
-        log_ticks(axes)
-        for m, x_ms, share in zip(shown, x, y, strict=True):
+        log_ticks(axes.xaxis)
+        edge = front(zip(x, y, strict=True))
+        axes.plot(*zip(*edge, strict=True), c=COLOURS["c1"], lw=0.9, ls="--", ds="steps-post")
+        for (_, m), x_ms, share in zip(shown, x, y, strict=True):
             colour, marker = LOOK[m.contestant.role]
             dot = {"marker": marker, "fillstyle": FILLS[m.contestant.precision][1], "color": COLOURS[colour]}
             axes.plot([x_ms], [share], ms=7, mew=1.6, ls="none", clip_on=False, **dot)  # type: ignore[arg-type]
-        dots = [tuple(map(float, axes.transData.transform(place))) for place in zip(x, y, strict=True)]
-        names = [short(m.contestant.name) for m in shown]
-        line = {"arrowstyle": "-", "color": COLOURS["mute"], "lw": 0.6, "shrinkA": 1, "shrinkB": 4}
-        for name, place, offset in zip(names, zip(x, y, strict=True), label_offsets(axes, dots, names), strict=True):
-            style: dict[str, Any] = {
-                "textcoords": "offset points",
-                "va": "center",
-                "arrowprops": line if offset[1] else None,
-            }
-            axes.annotate(name, place, offset, parse_math=False, **style)
+        label_dots(axes, list(zip(x, y, strict=True)), [sign for sign, _ in shown], edge)
+        if coded:
+            legend(axes, list(zip(signs, inks, names, strict=True)))
     return drawn[0]
 
 
-def label_offsets(axes: Axes, dots: Sequence[tuple[float, ...]], names: Sequence[str]) -> list[tuple[float, float]]:
-    """Where each dot's label begins, in points from it: the nearest place that covers no dot and no other label."""
-    frame = axes.get_window_extent()
-    taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in dots]
-    rows = sorted((12.0 * k for k in range(-12, 13)), key=abs)
-    found = []
-    for (x, y), name in zip(dots, names, strict=True):
-        wide = 5.6 * len(name)  # a letter of 9.5 points is about that wide
-        middle = max(frame.x0 + 2, min(x - wide / 2, frame.x1 - wide))
-        places = [(left, y + row) for row in rows for left in (x + 9, x - 9 - wide, middle)]
-        boxes = [(left, level - 6, left + wide, level + 6) for left, level in places]
-        free = [
-            box
-            for box in boxes
-            if frame.x0 <= box[0] and box[2] <= frame.x1 + 8 and frame.y0 <= box[1] and box[3] <= frame.y1 + 6
-            if not any(overlap(box, other) for other in taken)
-        ]
-        box = (free or boxes)[0]  # in a crowd that leaves no room, labels may cover each other
-        taken.append(box)
-        found.append((box[0] - x, box[1] + 6 - y))
-    return found
+def label_dots(axes: Axes, places: Places, names: Sequence[str], steps: Places) -> None:
+    """Beside each dot its name, with a line to it where there is no room; none on the line of `steps`."""
+    dots, ends = ([tuple(map(float, axes.transData.transform(p))) for p in of] for of in (places, steps))
+    taken: list[labels.Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in dots]
+    for (x, y), (right, top) in pairwise(ends):
+        taken += [(x, y - 2, right, y + 2), (right - 2, y, right + 2, top)]
+    line = {"arrowstyle": "-", "color": COLOURS["mute"], "lw": 0.6, "shrinkA": 1, "shrinkB": 4}
+    for name, place, offset in zip(names, places, labels.offsets(axes, dots, names, taken), strict=True):
+        style: dict[str, Any] = {"textcoords": "offset points", "va": "center", "parse_math": False}
+        axes.annotate(name, place, offset, arrowprops=line if offset[1] else None, **style)
+
+
+def front(dots: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (cost, accuracy): those that no other beats in both, the cheapest first."""
+    best: list[tuple[float, float]] = []
+    for x, y in sorted(dots, key=lambda dot: (dot[0], -dot[1])):
+        if not best or y > best[-1][1]:
+            best.append((x, y))
+    return best
+
+
+def lettered(place: int) -> str:
+    """A to Z, then A1, B1 ..."""
+    return LETTERS[place % 26] + (str(place // 26) if place > 25 else "")
+
+
+def legend(axes: Axes, rows: Sequence[tuple[str, str, str]]) -> None:
+    """What letters mean, below the axes: (letter, its colour, text). Of a canvas with as many rows."""
+    style: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "parse_math": False}
+    for place, (letter, colour, text) in enumerate(rows):
+        axes.annotate(letter, (0, 0), (0, -44 - 12 * place), color=colour, fontsize=8.5, **style)
+        axes.annotate(text, (0, 0), (16, -44 - 12 * place), fontsize=8.5, **style)
 
 
 def short(name: str) -> str:
-    """A name that fits into a plot; the tables have it in full."""
-    return name if len(name) <= 44 else f"{name[:43]}…"
-
-
-def overlap(a: Box, b: Box) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+    """A name that fits into a plot, with both ends; the tables have it in full."""
+    name = visible(name)
+    return name if len(name) <= LONG else f"{name[: LONG - 20]}…{name[-19:]}"
 
 
 def latency_distributions(title: str, names: Sequence[str], ms: Sequence[np.ndarray]) -> str:
-    """A row per model from its raw calls (ms): ticks for calls, a box over the middle half, a bar at the median."""
+    """A row per model from its raw calls (ms): how many took so long, a tick for each, a bar at the median.
+
+    The A/A control stands below its twin.
+    """
+    place = {name: at for at, name in enumerate(names)}
+    rows = sorted(
+        zip(names, ms, strict=True),
+        key=lambda row: (place.get(row[0].removesuffix(AGAIN), place[row[0]]), place[row[0]]),
+    )
+    low, high = min(float(v.min()) for _, v in rows) / 1.05, max(float(v.max()) for _, v in rows) * 1.05
+    with canvas(title, 0.75 + 0.58 * len(rows), left=0.1) as (axes, drawn):
+        axes.set(xscale="log", xlim=(low, high), ylim=(len(rows) - 0.45, -0.5), yticks=[])
+        axes.set(xlabel="latency of one call, ms (log; left is better)")
+        axes.spines["left"].set_visible(False)
+        log_ticks(axes.xaxis)
+        for row, (name, values) in enumerate(rows):
+            median = float(np.percentile(values, 50, method="inverted_cdf"))  # nearest rank, as the tables have it
+            control = " (A/A control)" if name.endswith(AGAIN) and name.removesuffix(AGAIN) in place else ""
+            told = f"{short(name)}{control}: {words.figures(median)} ms"
+            style: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "bottom", "parse_math": False}
+            axes.annotate(told, (0, row - 0.14), **style)
+            hill(axes, values, low, high, row + 0.3)
+            axes.plot([median, median], [row - 0.08, row + 0.3], color=COLOURS["ink"], lw=1.2, solid_capstyle="butt")
+    return drawn[0]
+
+
+def hill(axes: Axes, values: np.ndarray, low: float, high: float, ground: float) -> None:
+    """How many of `values` lie where between `low` and `high`, as an area on the `ground`; below it a tick for each."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path as Outline
 
-    low, high = min(float(v.min()) for v in ms), max(float(v.max()) for v in ms)
-    with canvas(title, 0.75 + 0.56 * len(names), left=0.1) as (axes, drawn):
-        axes.set(xscale="log", xlim=(low / 1.05, high * 1.05), ylim=(len(names) - 0.45, -0.5), yticks=[])
-        axes.set(xlabel="latency of one call, ms (log; left is better)")
-        axes.spines["left"].set_visible(False)
-        log_ticks(axes)
-        for row, (name, values) in enumerate(zip(names, ms, strict=True)):
-            first, half, third = np.percentile(values, (25, 50, 75))
-            spot = np.round(540 * np.log(values / low) / max(np.log(high / low), 1e-9))  # half points: finer is unseen
-            seen = values[np.unique(spot, return_index=True)[1]]
-            ends = [(v, y) for v in seen.tolist() for y in (row + 0.28, row + 0.42)]
-            ticks = Outline(ends, [Outline.MOVETO, Outline.LINETO] * len(seen))
-            axes.add_patch(PathPatch(ticks, fc="none", ec=COLOURS["mute"], lw=0.5))
-            axes.fill(
-                [first, third, third, first], [row, row, row + 0.22, row + 0.22], color=COLOURS["c1"], alpha=0.35, lw=0
-            )
-            axes.plot([half, half], [row - 0.03, row + 0.25], color=COLOURS["c1"], lw=2, solid_capstyle="butt")
-            axes.annotate(
-                short(name), (0, row - 0.12), xycoords=("axes fraction", "data"), va="bottom", parse_math=False
-            )
-    return drawn[0]
+    edges = np.geomspace(low, high, BINS + 1)
+    counts = np.histogram(values, edges)[0]
+    shown = np.convolve(counts, (1, 1, 1), "same") > 0  # of a stretch without any, the ends will do
+    heights = 0.38 * counts[shown] / counts.max()
+    axes.fill(np.sqrt(edges[1:] * edges[:-1])[shown], ground - heights, color=COLOURS["c1"], alpha=0.45, lw=0)
+    spot = np.round(330 * np.log(values / low) / np.log(high / low))  # points: finer is unseen
+    ends = [(v, y) for v in values[np.unique(spot, return_index=True)[1]] for y in (ground + 0.03, ground + 0.11)]
+    ticks = Outline(ends, [Outline.MOVETO, Outline.LINETO] * (len(ends) // 2))
+    axes.add_patch(PathPatch(ticks, fc="none", ec=COLOURS["mute"], lw=0.5))
 
 
 def training_curve(title: str, weights: Weights) -> str:
     """Training loss over all epochs of all phases; losses called `group:part` are summed within their group."""
     from matplotlib.ticker import MaxNLocator
 
-    with canvas(title, 2.7) as (axes, drawn):
-        axes.set(xlabel="epoch", ylabel="training loss")
-        groups: dict[str, str] = {}  # name -> letter; only of losses that name a group
-        start = 0
-        for number, phase in enumerate(weights.phases, 1):
-            lines: dict[str, list[float]] = {}
-            for epoch in phase.curve:
-                for group, loss in grouped(epoch).items():
-                    lines.setdefault(group, []).append(loss)
-            for group, losses in lines.items():
-                letter = groups.setdefault(group, LETTERS[len(groups) % 26]) if group else ""
-                colour = COLOURS[f"c{1 + list(groups).index(group) % 5}"] if group else COLOURS["ink"]
-                epochs = [start + 1 + i for i in range(len(losses))]
-                axes.plot(epochs, losses, color=colour, lw=1.4, marker="o", ms=2.5)
-                end = (epochs[-1], losses[-1])
-                axes.annotate(letter, end, (3, 3), textcoords="offset points", color=colour, fontsize=8)
-            if start:
+    curves = [[grouped(epoch) for epoch in phase.curve] for phase in weights.phases]
+    told = list(dict.fromkeys(group for curve in curves for sums in curve for group in sums if group))
+    look = {"": ("", COLOURS["ink"])}  # group -> letter, colour
+    look |= {group: (lettered(at), COLOURS[f"c{1 + at % 5}"]) for at, group in enumerate(told)}
+    with canvas(title, 2.7, rows=len(told)) as (axes, drawn):
+        logarithmic = all(loss > 0 for curve in curves for sums in curve for loss in sums.values())
+        axes.set(xlabel="epoch", ylabel=f"training loss{' (log)' if logarithmic else ''}")
+        start, dot = 0, 2.5 if sum(map(len, curves)) <= 60 else 0
+        for number, curve in enumerate(curves, 1):
+            for group in dict.fromkeys(group for sums in curve for group in sums):
+                letter, colour = look[group]
+                line = [(start + epoch, sums[group]) for epoch, sums in enumerate(curve, 1) if group in sums]
+                axes.plot(*zip(*line, strict=True), color=colour, lw=1.4, marker="o", ms=dot)
+                axes.annotate(letter, line[-1], (3, 3), textcoords="offset points", color=colour, fontsize=8)
+            if start and curve:
                 axes.axvline(start + 0.5, color=COLOURS["mute"], lw=0.7, ls=":")
-            middle = start + 0.5 + len(phase.curve) / 2
+            middle = start + 0.5 + len(curve) / 2
             axes.annotate(str(number), (middle, 1.02), xycoords=("data", "axes fraction"), ha="center", fontsize=8)
-            start += len(phase.curve)
+            start += len(curve)
         axes.set_xlim(0.5, start + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        for row, (group, letter) in enumerate(groups.items()):
-            place = (0.99, 0.97 - 0.085 * row)
-            axes.annotate(
-                f"{letter}  {group}",
-                place,
-                xycoords="axes fraction",
-                ha="right",
-                va="top",
-                fontsize=8,
-                parse_math=False,
-            )
+        if logarithmic:
+            axes.set_yscale("log")
+            log_ticks(axes.yaxis)
+        legend(axes, [(*look[group], short(group)) for group in told])
     return drawn[0]
 
 
@@ -181,38 +205,6 @@ def grouped(epoch: EpochRecord) -> dict[str, float]:
     return sums
 
 
-def frontier(
-    title: str,
-    axis: str,
-    height: str,
-    dots: Sequence[tuple[float, float, bool, str]],
-    fp32: tuple[float, float],
-    max_drop: float | None,
-) -> str:
-    """Mixes of INT8 and float layers: dots (x, accuracy, whether it was chosen, label), and the float file.
-
-    A line joins those that no other beats in both; `max_drop` draws the limit, so many points below the float file.
-    """
-    with canvas(title, 3.2) as (axes, drawn):
-        axes.set(xlabel=axis, ylabel=height)
-        edge: list[tuple[float, float]] = []  # nothing that is cheaper is as accurate
-        for x, y, *_ in sorted(dots, key=lambda dot: (dot[0], -dot[1])):
-            if not edge or y > edge[-1][1]:
-                edge.append((x, y))
-        axes.plot(*zip(*edge, strict=True), color=COLOURS["mute"], lw=0.8)
-        for x, y, chosen, name in dots:
-            look: dict[str, Any] = {"fillstyle": "full" if chosen else "none", "color": COLOURS["c1"]}
-            axes.plot([x], [y], marker="o", ms=9 if chosen else 6, mew=1.5, ls="none", clip_on=False, **look)
-            if chosen or (x, y) in edge:
-                axes.annotate(name, (x, y), (0, 7), textcoords="offset points", ha="center", fontsize=8)
-        axes.plot(*([v] for v in fp32), marker="s", ms=7, color=COLOURS["c3"], ls="none", clip_on=False)
-        axes.annotate("FP32", fp32, (0, -13), textcoords="offset points", ha="center", fontsize=8)
-        if max_drop is not None:
-            axes.axhline(fp32[1] - max_drop, color=COLOURS["c2"], lw=0.9, ls="--")
-        axes.margins(0.08, 0.15)
-    return drawn[0]
-
-
 def page(svg: str) -> str:
     """An inline drawing as a file of its own, in the report's light colours."""
     colours = ("#1b2126", "#5c6770", "#dde1e5", "#1f7a5a", "#b0601a", "#4667a8", "#8a4a94", "#6d6a1c")
@@ -222,26 +214,29 @@ def page(svg: str) -> str:
     return f"{head}>{style}{rest}"
 
 
-def log_ticks(axes: Axes) -> None:
-    """Round numbers on a logarithmic x axis, at least three if they can be had, never powers of ten alone."""
+def log_ticks(axis: Axis) -> None:
+    """Round numbers on a logarithmic axis, at least four if they can be had."""
     from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-    low, high = axes.get_xlim()
+    low, high = sorted(axis.get_view_interval())
     decades = [10.0**k for k in range(-7, 8)]
-    for steps in ((1, 10), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
         ticks = [s * d for d in decades for s in steps if low <= s * d <= high]
         if len(ticks) >= 4:
             break
     else:
         ticks = [float(t) for t in MaxNLocator(5).tick_values(low, high) if low <= t <= high]
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 @contextmanager
-def canvas(title: str, height: float, left: float = 0.6) -> Iterator[tuple[Axes, list[str]]]:
-    """Axes to draw on, `height` inches high, and a list that holds the SVG when the block is over."""
+def canvas(title: str, height: float, left: float = 0.6, rows: int = 0) -> Iterator[tuple[Axes, list[str]]]:
+    """Axes to draw on, and a list that holds the SVG when the block is over.
+
+    The drawing is `height` inches high, `left` of them beside the axes; and `rows` of a legend higher.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -251,8 +246,9 @@ def canvas(title: str, height: float, left: float = 0.6) -> Iterator[tuple[Axes,
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE | {"svg.hashsalt": title})
+        below, height = 0.55 + 12 / 72 * rows, height + 12 / 72 * rows
         figure = Figure(figsize=(WIDTH, height))
-        sides = {"left": left / WIDTH, "right": 1 - 0.15 / WIDTH, "bottom": 0.55 / height, "top": 1 - 0.25 / height}
+        sides = {"left": left / WIDTH, "right": 1 - 0.15 / WIDTH, "bottom": below / height, "top": 1 - 0.25 / height}
         figure.subplots_adjust(**sides)
         axes = figure.add_subplot()
         yield axes, drawn
@@ -276,5 +272,5 @@ def inline(svg: str, title: str) -> str:
         return tag
 
     svg = re.sub(r"<[^>]*>", clean, svg)  # tags only: text may look like anything
-    head = f'<svg role="img" aria-label="{html.escape(title)}"'
+    head = f'<svg role="img" aria-label="{html.escape(visible(title))}"'
     return re.sub(r'<svg width="[^"]*" height="[^"]*"', lambda _: head, svg, count=1)

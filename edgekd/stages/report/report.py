@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,18 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgekd.core import plain
 from edgekd.core.artifact import File, Precision, Weights
-from edgekd.core.errors import ConfigError
 from edgekd.core.mix import Frontier
-from edgekd.core.record import Record
+from edgekd.core.record import SCHEMA, Record
 from edgekd.core.trial import BenchResult, Measurement
-from edgekd.stages.report import frontier, plots, words
-from edgekd.stages.report.figures import PERCENT, SCORES, Remembered, difference, scored, size, table, where
-
-SCHEMA = 1  # of report.json; raise it when an old file can no longer be read
+from edgekd.stages.report import figures, frontier, manifest, plots, words
+from edgekd.stages.report.figures import PERCENT, SCORES, difference, scored, size, table, where
+from edgekd.stages.report.reading import read as read
+from edgekd.stages.report.reading import samples
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,12 @@ class Headline:
     ship: Measurement
     student: Measurement | None  # the same student in FP32, if it is another
     teacher: Measurement | None
+
+    @property
+    def name(self) -> str:
+        """Of the file; where it ships, under which it does."""
+        told = manifest.shipped(self.bench.target, self.ship.contestant, self.stored)
+        return Path(told).name if self.bench.ships else self.file.path.name
 
 
 @dataclass(frozen=True)
@@ -54,30 +58,13 @@ def report(record: Record, out: Path) -> Path:
     Raw samples are copied beside them, so that the folder can be sent, and its plots drawn again from report.json.
     """
     out.mkdir(parents=True, exist_ok=True)
-    record = dataclasses.replace(record, benches=tuple(keep_samples(bench, out) for bench in record.benches))
+    record = dataclasses.replace(record, benches=tuple(numbers(keep_samples(bench, out)) for bench in record.benches))
     files = [{"name": f.path.name, "sha256": f.sha256, "bytes": size(f), "what": what} for f, what in all_files(record)]
     data = {"schema": SCHEMA, **plain.dump(record), "files": files}
     write(out / "report.json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")
     write(out / "report.md", render("report.md.j2", record, files))
     write(out / "report.html", render("report.html.j2", record, files))
     return out / "report.html"
-
-
-def read(path: Path) -> Record:
-    """The record that a report.json holds. Files keep their recorded hash and size; they need not exist any more.
-
-    Raises ConfigError if it cannot be read.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"`{path}` cannot be read: {error}", hint="name a report.json that edgekd wrote") from None
-    schema = data.pop("schema", None) if isinstance(data, dict) else None
-    if schema != SCHEMA:
-        hint = "make the report again with this edgekd, or read it with the one that wrote it"
-        raise ConfigError(f"`{path}` has schema {schema}; this edgekd reads {SCHEMA}", hint=hint)
-    sizes = {f["sha256"]: f["bytes"] for f in data.pop("files")}
-    return plain.load(Record, data, path.parent, lambda place, sha256: Remembered(place, sha256, sizes.get(sha256)))
 
 
 def keep_samples(bench: BenchResult, out: Path) -> BenchResult:
@@ -89,6 +76,16 @@ def keep_samples(bench: BenchResult, out: Path) -> BenchResult:
         shutil.copyfile(bench.samples.path, place.with_suffix(".partial"))
         place.with_suffix(".partial").replace(place)
     return dataclasses.replace(bench, samples=dataclasses.replace(bench.samples, path=place))
+
+
+def numbers(bench: BenchResult) -> BenchResult:
+    """Without readings that are no numbers, for which JSON has no word: of maps without a known pixel, for example."""
+    kept = []
+    for m in bench.measurements:
+        sure = {name: i for name, i in m.intervals.items() if all(map(math.isfinite, (i.low, i.mid, i.high)))}
+        known = {name: value for name, value in m.readings.items() if math.isfinite(value)}
+        kept.append(dataclasses.replace(m, readings=known, intervals=sure))
+    return dataclasses.replace(bench, measurements=tuple(kept))
 
 
 def write(path: Path, text: str) -> None:
@@ -103,7 +100,8 @@ def all_files(record: Record) -> list[tuple[File, str]]:
     found += [(w.file, f"weights of {w.name}, taught by {w.method}") for w in record.students]
     found += [(m.file, f"ONNX model {m.name}, {m.precision.upper()}") for m in record.models]
     for bench in record.benches:
-        found += [(m.contestant.file, f"ONNX model {m.contestant.name}") for m in bench.measurements]
+        models = [m.contestant for m in bench.measurements]
+        found += [(c.file, f"ONNX model {c.name}, called on {bench.title}") for c in models]
         if bench.samples:
             found.append((bench.samples, f"raw latency samples on {bench.title}"))
     unique = {file.sha256: (file, what) for file, what in reversed(found)}
@@ -118,7 +116,7 @@ def render(template: str, record: Record, files: list[dict[str, Any]]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=page,
-        finalize=None if page else words.markdown,
+        finalize=words.seen if page else in_markdown,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -128,11 +126,23 @@ def render(template: str, record: Record, files: list[dict[str, Any]]) -> str:
     images = (head and head.bench.protocol.get("images")) or record.data.test  # a device gets some of them only
     percent = partial(words.percent, images=images)
     filters: list[Callable[..., Any]] = [words.figures, words.count, words.file_size, words.ratio, words.interval]
-    filters += [words.near_one, words.duration, words.when, words.flat, words.setting, words.yaml, words.unmeasured]
+    filters += [
+        words.near_one,
+        words.duration,
+        words.when,
+        words.flat,
+        words.setting,
+        words.yaml,
+        words.unmeasured,
+        words.code,
+    ]
     environment.filters |= {show.__name__: show for show in filters}
     environment.filters |= {"percent": percent, "points": partial(words.points, images=images)}
     environment.globals |= {"size": size, "table": partial(table, percent=percent), "where": where}
     environment.globals |= {"frontier": frontier, "frontier_plot": frontier_plot}
+    environment.globals |= {show.__name__: partial(show, percent=percent) for show in (figures.brief, figures.full)}
+    environment.globals |= {"places": figures.places, "shared": figures.shared}
+    environment.globals["stamp"] = manifest.digest(manifest.provenance(record))
     environment.globals |= {"draw": draw, "curve": curve, "difference": difference, "best": best}
     key = score(record)
     low = head.ship.contestant.precision.upper() if head else "INT8"
@@ -140,6 +150,11 @@ def render(template: str, record: Record, files: list[dict[str, Any]]) -> str:
     shown: dict[str, Any] = {"low": low, "precision": precision}
     shown |= {"r": record, "head": head, "images": images, "lessons": lessons(record, head), "files": files}
     return environment.get_template(template).render(shown, score=key, score_name=PERCENT[key][0])
+
+
+def in_markdown(value: Any) -> str:
+    """Whatever it holds; what is markup already stays as it is."""
+    return str(value) if hasattr(value, "__html__") else words.markdown(value)
 
 
 def headline(record: Record) -> Headline | None:
@@ -209,21 +224,22 @@ def draw(bench: BenchResult) -> Iterator[tuple[str, str]]:
         svg = plots.accuracy_against_latency(f"Accuracy against latency on {bench.title}", known, key, PERCENT[key][0])
         there = {m.contestant.precision for m in known}
         fills = "; ".join(f"{how}: {p.upper()}" for p, (how, _) in plots.FILLS.items() if p in there)
-        yield markupsafe.Markup(svg), f"Square: teacher; circle: student; triangle: baseline; {fills}."
+        told = f"Square: teacher; circle: student; triangle: baseline; {fills}; dashed: what no other beats in both."
+        yield markupsafe.Markup(svg), told
     if bench.scenario and not any("p50_ms" in m.readings for m in bench.measurements):
         return  # its samples, if it has any, are not of calls
     if bench.samples is None or not bench.samples.path.exists():
         yield "", "The raw latency samples are not here, so their distribution is not drawn."
         return
-    file = File.checked(bench.samples.path, bench.samples.sha256)
-    with np.load(file.path) as raw:
-        names = [str(name) for name in raw["names"]]
-        ms = [raw["ns"][raw["model"] == index] / 1e6 for index in range(len(names))]
-    svg = plots.latency_distributions(f"Latency of every call on {bench.title}", names, ms)
-    calls = " to ".join(f"{n:,}" for n in sorted({min(map(len, ms)), max(map(len, ms))}))
+    called = samples(bench.samples)
+    if not called:
+        return
+    svg = plots.latency_distributions(f"Latency of every call on {bench.title}", list(called), list(called.values()))
+    counts = {len(ms) for ms in called.values()}
+    calls = " to ".join(f"{n:,}" for n in sorted({min(counts), max(counts)}))
     yield (
         markupsafe.Markup(svg),
-        f"{calls} timed calls per model. Tick: one call; box: the middle half; bar: the median.",
+        f"{calls} timed calls per model. Area: how many took so long; tick: one call; bar: the median.",
     )
 
 

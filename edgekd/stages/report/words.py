@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from edgekd.core.text import visible
 from edgekd.core.trial import Interval
 
 
 def figures(value: float) -> str:
-    """Three significant digits, in full: 0.213, 12.3, 1,230."""
+    """Three significant digits, in full: 0.213, 12.3, 1,230; what is no number is said to be nan or inf."""
+    if not math.isfinite(value):
+        return str(value)
     digits = 0 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
     return f"{value:,.{digits}f}"
 
@@ -104,10 +107,24 @@ def unmeasured(reason: str) -> str:
     return reason if reason.startswith("not measured") else f"not measured: {reason}"
 
 
+def seen(value: Any) -> Any:
+    """For a page that escapes by itself: text with what cannot be seen spelled out; all else as it is, markup too."""
+    return visible(value) if type(value) is str else value
+
+
 def markdown(value: Any) -> str:
-    """`value` with everything replaced that would make a table cell, tag, link, mention or emphasis of it."""
-    text = " ".join(str(value).split())
-    return "".join(f"&#{ord(c)};" if c in "&<>|`*_[]@#~\\" else c for c in text)
+    """`value` with everything replaced that would make a table cell, tag, link or emphasis of it; a space without width
+    behind @ and # keeps hosts of code from telling people and issues of that name."""
+    text = visible(" ".join(str(value).split()))
+    shown = {c: f"&#{ord(c)};" for c in "&<>|`*_[]~\\"} | {c: f"&#{ord(c)};&#8203;" for c in "@#"}
+    return "".join(shown.get(c, c) for c in text)
+
+
+def code(value: Any) -> str:
+    """`value` to be copied: nothing is added that cannot be seen."""
+    import markupsafe
+
+    return markupsafe.Markup(f"<code>{markdown(value).replace('&#8203;', '')}</code>")
 
 
 def yaml(value: Any) -> str:

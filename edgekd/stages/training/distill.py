@@ -27,7 +27,7 @@ from edgekd.learn import weights
 from edgekd.learn.surgery import Surgery, difference, operated
 from edgekd.learn.trainer import TrainConfig, Trainer, freeze
 from edgekd.learn.trainer import replace as write
-from edgekd.stages.training.lesson import Course, a_trainer, checked, the_lesson
+from edgekd.stages.training.lesson import Course, a_trainer, built, checked, the_lesson
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def distill(
     played = Played(out / KEEP, trainer, lesson, name)
     with played.progress():
         students = play(method.teach(lesson), played.run)
-    built = model.build(len(task.classes), task.shape[0])
+    fresh = built(model, len(task.classes), task.shape[0])
     made = []
     for key, module in students.items():
         called = name if key == "student" else f"{name}-{key}"
@@ -97,7 +97,7 @@ def distill(
             notes=notes or None,
             ranges=ranges.get(key, ()),
         )
-        made.append(Trained(model, story, task.classes, task.shape[0], difference(built, module)))
+        made.append(Trained(model, story, task.classes, task.shape[0], difference(fresh, module)))
     return tuple(made)
 
 
@@ -126,7 +126,7 @@ def adopt(
     With `outputs` it answers for that many classes which are not those of the task.
     """
     classes = task.classes if outputs is None else ("",) * outputs
-    module = model.build(len(classes), task.shape[0])
+    module = built(model, len(classes), task.shape[0])
     weights.load(module, checkpoint.path, trust)
     course = Course(epochs=1, train=TrainConfig(), augment=Augment(), seed=0)
     trainer = a_trainer(task, course, torch.device("cpu"))

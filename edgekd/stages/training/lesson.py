@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from edgekd.core import plugins
 from edgekd.core.errors import ConfigError, DataError
+from edgekd.core.foreign import foreign
 from edgekd.core.method import Lesson, Method
 from edgekd.core.model import Model
 from edgekd.core.splits import per_class
@@ -70,7 +72,7 @@ def rehearse(
     """
     trainer = a_trainer(task, course, torch.device("cpu"))
     trainer.reseed(-1)
-    modules = (family.build(len(classes), task.shape[0]) for family, classes in cast)
+    modules = (built(family, len(classes), task.shape[0]) for family, classes in cast)
     lesson = the_lesson(task, model, modules, [classes for _, classes in cast], trainer, course.epochs)
     if pricing:
         price = partial(pricing.price_ms, out / "price") if pricing.possible() else None
@@ -93,7 +95,7 @@ def the_lesson(
     does not answer for its classes."""
 
     def build(family: Model) -> nn.Module:
-        return placed(family.build(len(task.classes), task.shape[0]), trainer.device)
+        return placed(built(family, len(task.classes), task.shape[0]), trainer.device)
 
     lesson = Lesson(
         student=build(model),
@@ -146,6 +148,13 @@ def few(train: Arrays, course: Course) -> Arrays:
     return Arrays(train.images[np.r_[repeated, mixed]], np.concatenate([train.labels[repeated], hidden]))
 
 
+def built(family: Model, classes: int, channels: int) -> nn.Module:
+    """A new network. Raises ConfigError for settings that make none: one that no memory holds, say."""
+    name = plugins.name_of(family)
+    with foreign(f"a network of the family `{name}` cannot be built as it is set", "check its width and depth"):
+        return family.build(classes, channels)
+
+
 def placed(module: nn.Module, device: torch.device) -> nn.Module:
     arrange(module, device)
     return module
@@ -162,13 +171,10 @@ def check_answers(lesson: Lesson, task: Task, classes: list[int]) -> None:
 @torch.no_grad()
 def checked(role: str, module: nn.Module, x: Tensor, shape: tuple[int, ...]) -> nn.Module:
     """The module, if it answers two images with what is wanted. Raises ConfigError if not."""
-    try:
+    with foreign(
+        f"the {role} does not take images of shape {tuple(x.shape)}", "check its input channels, and data.size"
+    ):
         answer = module.eval()(x)
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"the {role} does not take images of shape {tuple(x.shape)}: {str(error).splitlines()[0]}",
-            hint="check its input channels, and data.size",
-        ) from error
     if not isinstance(answer, Tensor) or answer.shape != shape:
         got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
         raise ConfigError(
