@@ -1,10 +1,11 @@
 """The image, built by buildah without a Docker engine, and used as CI uses it: any user, a read-only root.
 
-    EDGEKD_IMAGE_TEST=1 pytest tests/test_image.py      # make image-test; without the variable, missing parts skip it
+    EDGEKD_IMAGE_TEST=1 pytest tests/test_image.py      # make image-test
 
 EDGEKD_IMAGE_FLAGS are further words for `buildah build`, such as --secret id=pip,src=pip.conf where packages come from
-an index of one's own, or --pull=always with --build-arg PYTHON=... for a base out of a registry. EDGEKD_IMAGE_STORE
-is a folder that keeps the base and all layers for the next run.
+an index of one's own, or --pull=always with --build-arg PYTHON=... for a base out of a registry; where they are set,
+even to nothing, and buildah is there, the test belongs to `make test`. EDGEKD_IMAGE_STORE is a folder that keeps the
+base and all layers for the next run.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ def missing() -> str:
     absent = [name for name in NEEDS if shutil.which(name, path=path) is None]
     if absent:
         return f"the image is built with {', '.join(NEEDS)}; here is no {', '.join(absent)}"
-    return "" if os.geteuid() == 0 else "the image is built and entered as root"
+    if os.geteuid():
+        return "the image is built and entered as root"
+    told = "EDGEKD_IMAGE_TEST" in os.environ or "EDGEKD_IMAGE_FLAGS" in os.environ
+    return "" if told else "EDGEKD_IMAGE_FLAGS does not say how the image's packages are reached"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from edgekd.core.target import Target
 
 NEEDED = (
     *("torch", "onnx", "onnxscript", "onnxruntime", "numpy", "pydantic", "typer", "rich", "jinja2"),
-    *("matplotlib", "safetensors", "pyyaml", "scikit-learn", "pillow"),
+    *("matplotlib", "safetensors", "pyyaml", "scikit-learn", "pillow", "typing-extensions"),
 )
 DISK_GIB = 2.0  # a build of 50,000 small images stays below
 DEFAULT = "cpu"  # the target of a build that names none
