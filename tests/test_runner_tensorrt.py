@@ -14,6 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from edgekd.stages.bench.runner import runner_path
 from tests.standins import bundles
 from tests.standins.bundles import CLASSES, SHAPE, engine, found, make_bundle, run, sealed
 
@@ -477,3 +478,23 @@ def test_trtexec_is_asked_for_a_second_opinion(tmp_path: Path) -> None:
         "--noDataTransfers" in said["compute"]["command"] and "--noDataTransfers" not in said["end to end"]["command"]
     )
     assert "no kernel for a node" in said["layers"]["reason"]
+
+
+def test_a_job_times_an_engine_from_and_to_the_memory_of_the_device(tmp_path: Path) -> None:
+    home = bundle(tmp_path / "bundle", student("fp32"))
+    run("build", home, **machine(TENSORS))
+    engine_file = home / "results" / found(home, "build")["engines"][0]["engine"]
+    job = {
+        "runtime": "tensorrt",
+        "threads": 1,
+        "scope": "model",
+        "models": [{"name": name, "path": str(engine_file)} for name in ("it", "it again")],
+        "inputs": str(home / "inputs.npy"),
+        "protocol": {"blocks": 3, "calls": 4, "warmup_s": 0.0, "warmup_calls": 1, "seed": 0},
+    }
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    words = [sys.executable, str(runner_path()), "bench", "--job", str(tmp_path / "job.json"), "--out", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, **machine(TENSORS))
+    assert done.returncode == 0, done.stdout + done.stderr
+    with np.load(tmp_path / "samples.npz") as samples:
+        assert len(samples["ns"]) == 24 and samples["ns"].min() > 0
