@@ -307,6 +307,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/torture"))
     asked = parser.parse_args()
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a shell: builds would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     print("| fault | tries | lost | the next build took | |\n| --- | ---: | --- | --- | --- |", flush=True)
     lost = False
     for row in rows(asked.out, asked.kills, asked.stops, asked.seed):
