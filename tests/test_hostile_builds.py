@@ -95,6 +95,19 @@ def test_no_name_in_a_manifest_leads_anywhere(name, says, tmp_path):
     assert finding.file == name and says in finding.what
 
 
+def test_a_bundle_among_the_steps_and_the_lock_beside_them_belong_to_a_build(tmp_path):
+    home, step = sealed(tmp_path / "b"), tmp_path / "b" / "steps" / "bundle-cpu-1"
+    make_bundle(step)
+    output = {"manifest": {"name": "manifest.json", "sha256": File.of(step / "manifest.json").sha256}}
+    (step / "step.json").write_text(json.dumps({"output": output}))
+    entry = {"steps/bundle-cpu-1/step.json": File.of(step / "step.json").sha256}
+    renamed(home, lambda found: found["steps"].update(entry))
+    (home / "steps" / "lock").write_text("1")
+    assert verify(home).findings == ()
+    (step / "more.py").write_text("more")
+    assert [f.file for f in verify(home).findings] == ["steps/bundle-cpu-1/more.py"]
+
+
 def test_what_was_added_to_a_build_is_found_and_results_of_a_device_are_not(tmp_path):
     home = sealed(tmp_path / "b")
     (home / "bundle-cpu" / "results").mkdir()

@@ -70,7 +70,7 @@ def verify(folder: Path) -> Checked:
             except ConfigError as error:
                 findings.append(Finding(name, f"is no list of files: {error.what}"))
             else:
-                folders += [part_of(name)] * Path(name).match(BUNDLES)
+                folders += [Path(name).parent.as_posix()] * Path(name).match(BUNDLES)
         waiting = {name: sha256 for name, sha256 in inside.items() if name not in looked}
     findings += [
         Finding(name, "was not made by this build") for name in strangers(folder, folders) if name not in looked
@@ -84,9 +84,9 @@ def strangers(folder: Path, parts: list[str]) -> Iterator[str]:
     """The files below some folders of a build; what came back from a device is not of the build."""
     for part in parts:
         for path in sorted((folder / part).rglob("*")):
-            inner = path.relative_to(folder)
-            if (path.is_symlink() or not path.is_dir()) and inner.parts[1] != "results":
-                yield inner.as_posix()
+            inside = path.relative_to(folder / part).parts[0]
+            if (path.is_symlink() or not path.is_dir()) and inside != "results":
+                yield path.relative_to(folder).as_posix()
 
 
 def part_of(name: str) -> str:
