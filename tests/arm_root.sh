@@ -10,17 +10,11 @@ set -eu
 PATH=$PATH:/usr/sbin
 python=${PYTHON:-python3}
 tests=$(cd "$(dirname "$0")" && pwd)
-case $# in
-1)
-    suite=$(. /etc/os-release && echo "$VERSION_CODENAME")
-    mirror=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' 'Origin: Debian' "Codename: $suite" |
-        head -n 1)
-    [ "$mirror" ] || { echo "this machine's apt has no Debian: name a MIRROR and a SUITE of it" >&2; exit 1; }
-    ;;
-3) mirror=$2 suite=$3 ;;
-*) echo "usage: sh tests/arm_root.sh FOLDER [MIRROR SUITE]" >&2; exit 2 ;;
-esac
+. "$tests/debian.sh"
+[ $# -gt 0 ] || debian usage
 folder=${1%/}
+shift
+debian "$@"
 [ ! -e "$folder" ] || { echo "$folder is already there: remove it, or name another" >&2; exit 1; }
 
 rm -rf "$folder.partial"

@@ -8,22 +8,17 @@
 # this machine's apt has Debian from. Needs root, debootstrap and buildah; BUILDAH=... names it with its options.
 set -eu
 PATH=$PATH:/usr/sbin
-case $# in
-2)
-    suite=$(. /etc/os-release && echo "$VERSION_CODENAME")
-    mirror=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' 'Origin: Debian' "Codename: $suite" |
-        head -n 1)
-    [ "$mirror" ] || { echo "this machine's apt has no Debian: name a MIRROR and a SUITE of it" >&2; exit 1; }
-    ;;
-4) mirror=$3 suite=$4 ;;
-*) echo "usage: sh tests/image_base.sh NAME FOLDER [MIRROR SUITE]" >&2; exit 2 ;;
-esac
-rm -rf "$2"
+. "$(dirname "$0")/debian.sh"
+[ $# -gt 1 ] || debian usage
+name=$1 folder=$2
+shift 2
+debian "$@"
+rm -rf "$folder"
 debootstrap --variant=minbase --include=python3,python3-venv,python3-pip,python3-numpy,ca-certificates \
-    "$suite" "$2" "$mirror"
-rm -rf "$2"/var/cache/apt/archives/*.deb "$2"/var/lib/apt/lists/*
-ln -s /usr/bin/python3 "$2/usr/local/bin/python"
+    "$suite" "$folder" "$mirror"
+rm -rf "$folder"/var/cache/apt/archives/*.deb "$folder"/var/lib/apt/lists/*
+ln -s /usr/bin/python3 "$folder/usr/local/bin/python"
 box=$(${BUILDAH:-buildah} from scratch)
-${BUILDAH:-buildah} add --quiet "$box" "$2" /
-${BUILDAH:-buildah} commit --quiet --rm "$box" "$1"
-rm -rf "$2"
+${BUILDAH:-buildah} add --quiet "$box" "$folder" /
+${BUILDAH:-buildah} commit --quiet --rm "$box" "$name"
+rm -rf "$folder"

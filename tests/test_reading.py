@@ -31,6 +31,7 @@ from edgekd.stages.report.figures import Remembered
 from edgekd.stages.report.reading import read, samples
 from edgekd.stages.report.regressions import compared, markdown, summary, text
 from edgekd.stages.report.report import render, report
+from tests.standins.edits import edit
 from tests.test_regressions import bench, record, row, written
 
 M = ("benches", 0, "measurements", 1)
@@ -59,15 +60,7 @@ def home(tmp_path: Path) -> Path:
 def changed(home: Path, path: tuple[Any, ...], value: Any) -> Path:
     """The report.json with another value somewhere; none at all for `...`."""
     place = home / "report.json"
-    data = json.loads(place.read_text())
-    at = data
-    for key in path[:-1]:
-        at = at[key]
-    if value is ...:
-        del at[path[-1]]
-    else:
-        at[path[-1]] = value
-    place.write_text(json.dumps(data))  # NaN and Infinity as Python writes them
+    edit(place, path, value)
     return place
 
 

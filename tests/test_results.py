@@ -21,6 +21,7 @@ from edgekd.stages.bench.benchmark import BenchConfig
 from edgekd.stages.device.bundle import Bundle
 from edgekd.stages.device.results import measured, read, taken
 from tests.standins.bundles import CLASSES, engine, make_bundle
+from tests.standins.edits import edit
 
 HOW = BenchConfig(blocks=3, metrics=("top1", "agreement", "p50_ms"))
 MS = {"teacher fp32": 4.0, "teacher fp16": 2.0, "student fp32": 2.0, "student fp16": 0.5, "student int8": 1.0}
@@ -177,15 +178,7 @@ def test_a_file_of_a_result_stays_in_its_folder(bundle, tmp_path):
 
 def rewritten(home: Path, path: tuple[Any, ...], value: Any) -> Path:
     """The result.json with another value somewhere, or without it for `...`."""
-    found = json.loads((home / "result.json").read_text())
-    at = found
-    for key in path[:-1]:
-        at = at[key]
-    if value is ...:
-        del at[path[-1]]
-    else:
-        at[path[-1]] = value
-    (home / "result.json").write_text(json.dumps(found))  # NaN and Infinity as Python writes them
+    edit(home / "result.json", path, value)
     return home
 
 

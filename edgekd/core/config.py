@@ -12,6 +12,7 @@ from typing import Any
 
 from edgekd.core.errors import ConfigError
 from edgekd.core.plugins import unknown
+from edgekd.core.text import CONTROL, unseen
 
 LARGEST = 64 << 10  # bytes of a configuration; the longest recipe has 1.5 kB
 DEEPEST = 30  # levels of lists and tables
@@ -19,7 +20,6 @@ LONGEST = 40  # characters of a number
 MOST = 20_000  # keys and values, those behind an alias counted as often as it stands
 TAG = "tag:yaml.org,2002:"
 PLAIN = frozenset(TAG + kind for kind in ("str", "int", "float", "bool", "null", "seq", "map", "merge"))
-UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # no text for a name, a path or a terminal
 
 
 def recipes() -> list[str]:
@@ -143,8 +143,8 @@ def problems(loader: Any, node: Any) -> Iterator[tuple[str, str]]:
         plain = loader.resolve(type(node), text, (node.style is None, node.style is not None))
     if node.tag not in PLAIN or node.tag != plain:
         yield f"the tag `{node.tag.replace(TAG, '!!')[:60]}` is not read", "write the value as it is"
-    if text is not None and UNSEEN.search(text):
-        yield f"a text holds the character {ascii(UNSEEN.findall(text)[0])}", "leave it out"
+    if text is not None and (found := unseen(text, CONTROL)):
+        yield f"a text holds the character {ascii(min(found))}", "leave it out"
     if node.tag in (f"{TAG}int", f"{TAG}float") and not usual(loader, node):
         yield f"`{node.value[:20]}` is no number that a setting takes", "write it in digits; in quotes, if it is a text"
     if node.id == "mapping":

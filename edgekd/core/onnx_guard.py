@@ -6,7 +6,6 @@ computes is not bounded: a loop may run for ever. Whoever runs networks of stran
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 from edgekd.core.errors import ModelError
 from edgekd.core.foreign import foreign
 from edgekd.core.places import leads_out
+from edgekd.core.text import unseen
 
 if TYPE_CHECKING:
     import onnx
@@ -23,8 +23,6 @@ MOST_BYTES = 1 << 31  # of a network: what protobuf holds in one message
 MOST_NUMBERS = 1 << 29  # of a tensor: 2 GiB in float32
 MOST_NODES = 100_000  # functions counted as often as they are called
 DEEPEST = 50  # functions that call functions
-# ends of lines, colours and other orders to a terminal, and marks that turn the order of what is read
-UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 BITS = {
     **dict.fromkeys(("UINT2", "INT2"), 2),
     **dict.fromkeys(("UINT4", "INT4", "FLOAT4E2M1"), 4),
@@ -135,7 +133,7 @@ def check_names(model: onnx.ModelProto, path: Path) -> None:
         for name in names:
             if isinstance(name, bytes):  # which protobuf gives for what is no UTF-8
                 raise invalid(path, f"the name {ascii(name[:80])} is no text")
-            if UNSEEN.search(name):
+            if unseen(name, allowed=""):
                 raise invalid(path, f"control characters are in the name {shown(name)}")
 
 

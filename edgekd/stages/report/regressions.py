@@ -18,7 +18,7 @@ from edgekd.stages.report import pair, words
 from edgekd.stages.report.answers import right_answers, same_images
 from edgekd.stages.report.changes import Change, Outcome, Tolerance
 from edgekd.stages.report.frontier import aligned, piped
-from edgekd.stages.report.reading import read
+from edgekd.stages.report.reading import at
 
 SCHEMA = 1  # of regressions.json
 WORST: tuple[Outcome, ...] = ("regression", "undecided", "held")
@@ -53,7 +53,7 @@ class Regressions:
 def compared(old: Path, new: Path, tolerance: Tolerance) -> Regressions:
     """Two builds, each a folder or its report.json. Raises ConfigError where one of them cannot be read."""
     homes = [place if place.is_dir() else place.parent for place in (old, new)]
-    before, after = (read(place / "report.json" if place.is_dir() else place) for place in (old, new))
+    before, after = at(old), at(new)
     alike = same_images(before, after)
     remarks, changes = list(unlike(before, after, alike)), list(gates(before.gates, after.gates))
     measured = {bench.title: bench for bench in after.benches if bench.measurements}
