@@ -14,20 +14,20 @@ test: $(VENV)/tested
 	$(BIN)/ruff check edgekd tests deploy benchmarks
 	$(BIN)/ruff format --check edgekd tests deploy benchmarks
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # builds the Dockerfile with buildah and runs the images; needs root, buildah and debootstrap
 image-test: $(VENV)/tested
-	EDGEKD_IMAGE_TEST=1 $(BIN)/python -m pytest -s tests/test_image.py
+	EDGEKD_IMAGE_TEST=1 $(BIN)/python -m pytest -s --durations=0 tests/test_image.py
 
 # breaks builds in every way; about half an hour. As root also with full disks
 torture: $(VENV)/installed
 	$(BIN)/python -m tests.torture
 
-# known weaknesses of the pinned packages, where an index of them can be reached
+# known weaknesses of the pinned packages; fails where no index answers for one of them
 audit: $(VENV)/tested
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) pip-audit
-	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 figures: $(VENV)/installed
 	$(BIN)/python benchmarks/figures.py

@@ -2,19 +2,21 @@
 
     EDGEKD_IMAGE_TEST=1 pytest tests/test_image.py      # make image-test
 
-EDGEKD_IMAGE_FLAGS are further words for `buildah build`, such as --secret id=pip,src=pip.conf where packages come from
-an index of one's own, or --pull=always with --build-arg PYTHON=... for a base out of a registry; where they are set,
-even to nothing, and buildah is there, the test belongs to `make test`. EDGEKD_IMAGE_STORE is a folder that keeps the
-base and all layers for the next run.
+Where buildah and debootstrap are there and pytest runs as root, this belongs to `make test`, too. Packages come from
+where this machine's pip has them from. EDGEKD_IMAGE_FLAGS are further words for `buildah build`, such as --pull=always
+with --build-arg PYTHON=... for a base out of a registry. EDGEKD_IMAGE_STORE is a folder that keeps the base and all
+layers for the next run. EDGEKD_IMAGE_CHECK=1 also builds the stage that runs all other tests in the image.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,10 +47,33 @@ def missing() -> str:
     absent = [name for name in NEEDS if shutil.which(name, path=path) is None]
     if absent:
         return f"the image is built with {', '.join(NEEDS)}; here is no {', '.join(absent)}"
-    if os.geteuid():
-        return "the image is built and entered as root"
-    told = "EDGEKD_IMAGE_TEST" in os.environ or "EDGEKD_IMAGE_FLAGS" in os.environ
-    return "" if told else "EDGEKD_IMAGE_FLAGS does not say how the image's packages are reached"
+    return "the image is built and entered as root" if os.geteuid() else ""
+
+
+def pip_flags(home: Path) -> list[str]:
+    """Words for `buildah build` by which pip in it is set as here, with the files that its settings name."""
+    told = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
+    pairs = (line.partition("=")[::2] for line in told.stdout.splitlines())
+    values = {key.rpartition(".")[2]: ast.literal_eval(value) for key, value in pairs}
+    if not values:
+        return []
+    lines = [f"{key} = {value.replace(chr(10), ' ')}" for key, value in values.items()]
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "pip.conf").write_text("\n".join(["[global]", *lines, ""]))
+    named = [Path(word.removeprefix("file://")) for value in values.values() for word in value.split()]
+    # the pages of an index lie beside its files
+    places = sorted({p.parent if p.name == "simple" else p for p in named if p.is_absolute() and p.exists()})
+    volumes = [word for place in places for word in ("--volume", f"{place}:{place}:ro")]
+    # an index of one's own is instead of the Dockerfile's, which may be out of reach
+    own = ["--build-arg", "PIP_FLAGS="] if {"index-url", "extra-index-url", "find-links"} & values.keys() else []
+    return ["--secret", f"id=pip,src={home / 'pip.conf'}", *volumes, *own]
+
+
+def driver(home: Path) -> str:
+    """What holds the layers: overlay where it works, for vfs copies all files into each of them."""
+    probe = ["buildah", "--root", f"{home}/probe", "--runroot", f"{home}/run", "--storage-driver", "overlay", "images"]
+    works = subprocess.run(probe, capture_output=True, check=False).returncode == 0
+    return os.environ.get("STORAGE_DRIVER") or ("overlay" if works else "vfs")
 
 
 @dataclass(frozen=True)
@@ -101,9 +126,8 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buildah]:
         pytest.skip(reason)
     kept = os.environ.get("EDGEKD_IMAGE_STORE")
     home = Path(kept) if kept else tmp_path_factory.mktemp("buildah")
-    driver = os.environ.get("STORAGE_DRIVER", "vfs")
-    words = ["buildah", "--root", f"{home}/root", "--runroot", f"{home}/run", "--storage-driver", driver]
-    made = Buildah(words, shlex.split(os.environ.get("EDGEKD_IMAGE_FLAGS", "")))
+    words = ["buildah", "--root", f"{home}/root", "--runroot", f"{home}/run", "--storage-driver", driver(home)]
+    made = Buildah(words, pip_flags(home) + shlex.split(os.environ.get("EDGEKD_IMAGE_FLAGS", "")))
     if "--pull=always" not in made.told and BASE not in made("images", "--format", "{{.Name}}:{{.Tag}}").split():
         env = os.environ | {"BUILDAH": shlex.join(words)}
         subprocess.run(["sh", str(ROOT / "tests" / "image_base.sh"), BASE, str(home / "base")], env=env, check=True)
@@ -200,3 +224,9 @@ def test_the_boards_image_holds_the_runner_and_says_what_it_lacks(
     assert done.returncode == 1, done.stderr  # something is missing: the runtimes, which an L4T base has
     told = json.loads(done.stdout)
     assert "numpy" in told["versions"] and "numpy" not in [lack["package"] for lack in told["missing"]]
+
+
+def test_the_projects_own_tests_pass_in_it(tools: Buildah, context: Path) -> None:
+    if "EDGEKD_IMAGE_CHECK" not in os.environ:
+        pytest.skip("EDGEKD_IMAGE_CHECK is not set: all tests would run once more")
+    tools.build("edgekd-check", context, "--target", "check")
