@@ -1,6 +1,11 @@
 """What every test stands on."""
 
+import os
 import signal
+
+# Tests side by side share the cores; before torch is loaded, and for every program that they start.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import edgekd  # before any runtime: it switches off what they would send
 
