@@ -86,7 +86,9 @@ def compare(
         list[str] | None, typer.Option("--method", "-m", help="A method, or a rival of the recipe; repeat for several.")
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="How often each is taught.")] = None,
-    baseline: Annotated[str | None, typer.Option(help="The contender that the others are compared with.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="The contender that the others are compared with; kd, or the first.")
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Lessons at a time; the threads are shared out among them.")] = 1,
     set_: Sets = None,
     out: Out = None,

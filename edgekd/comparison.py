@@ -21,12 +21,13 @@ import torch
 from edgekd import __version__
 from edgekd.configuration import BuildConfig, at_least
 from edgekd.core import plain, plugins
-from edgekd.core.errors import ConfigError
+from edgekd.core.errors import ConfigError, TrainingError
 from edgekd.core.ledger import Ledger
 from edgekd.core.method import Method
 from edgekd.core.model import Model
 from edgekd.core.task import Task
 from edgekd.marking import INT8, graded, graded_int8, runs_int8
+from edgekd.methods.kd import KD
 from edgekd.pipeline import calibration, course, drawn_from, pricing, rehearse_all, tasks, teach
 from edgekd.stages.quantize.calibrate import CalibrationSet
 from edgekd.stages.report.standings import Comparison, Run, Teacher, publish, scored, standings
@@ -120,7 +121,14 @@ def called(name: str, config: BuildConfig) -> list[Method]:
     if name not in known:
         rivals = [r.name for r in config.compare.rivals]
         raise plugins.unknown(f"there is no method and no rival `{name}`", name, [*rivals, *known])
-    return [plain.load(Method, {"use": name})]  # type: ignore[type-abstract]
+    try:
+        return [plain.load(Method, {"use": name})]  # type: ignore[type-abstract]
+    except ConfigError as error:
+        where = f"give them in a configuration: `compare: {{methods: [{{use: {name}, ...}}]}}`"
+        raise ConfigError(
+            f"`{name}` cannot be used with its defaults alone: {error.what}",
+            hint=f"{error.hint}; {where}" if error.hint else where,
+        ) from None
 
 
 def contenders(config: BuildConfig) -> tuple[Contender, ...]:
@@ -177,8 +185,13 @@ def check_baseline(config: BuildConfig, entries: tuple[Contender, ...]) -> None:
 
 
 def baseline_row(config: BuildConfig, entries: tuple[Contender, ...], rows: list[str]) -> str:
-    """Its row. Raises ConfigError if its contender made several students and none of them is meant."""
-    name = config.compare.baseline or entries[0].label
+    """Its row; where none is named, that of plain distillation, or the first.
+
+    Raises ConfigError if its contender made several students and none of them is meant.
+    """
+    labels = [entry.label for entry in entries]
+    usual = plugins.name_of(KD())
+    name = config.compare.baseline or (usual if usual in labels else labels[0])
     if name not in rows:
         raise plugins.unknown(f"the baseline `{name}` is none of the students that were taught", name, rows)
     return name
@@ -205,18 +218,21 @@ def contest(
     def one(entry: Contender, seed: int) -> list[tuple[str, Run]]:
         name = re.sub(r"[^\w.=-]+", "-", entry.label).strip("-")  # part of a file's name
         price = pricing(config, entry.method, calib)
-        taught = ledger.given(drawn_from(price)).step(
-            f"lesson-{name}-seed{seed}",
-            Taught,
-            room.teach,
-            name,
-            task,
-            entry.model,
-            entry.method,
-            course(config, task, entry.method, seed),
-            teachers,
-            price,
-        )
+        try:
+            taught = ledger.given(drawn_from(price)).step(
+                f"lesson-{name}-seed{seed}",
+                Taught,
+                room.teach,
+                name,
+                task,
+                entry.model,
+                entry.method,
+                course(config, task, entry.method, seed),
+                teachers,
+                price,
+            )
+        except TrainingError as error:
+            raise TrainingError(f"`{entry.label}`, seed {seed}: {error.what}", hint=error.hint) from None
         rows = []
         for t in taught.students:
             row = entry.label + t.weights.name.removeprefix(name).replace("-", "/", 1)
@@ -258,6 +274,7 @@ def run(trained: Trained, taught: Taught, seed: int, grades: Graded) -> Run:
         parameters=w.parameters,
         macs=grades.macs,
         sha256=w.file.sha256,
+        notes=w.notes,
         epochs=epochs,
         epoch_seconds=w.seconds / max(epochs, 1),
         seconds=taught.seconds,

@@ -98,7 +98,7 @@ class CompareConfig(Settings):
 
     methods: tuple[Method, ...] | None = None  # that teach the student; null: the student's method and its baselines
     rivals: tuple[Rival, ...] = ()
-    baseline: str = ""  # the contender that differences are paired with; empty: the first
+    baseline: str = ""  # the contender that differences are paired with; empty: `kd`, or the first
     seeds: int = 3  # from student.seed on
     int8: bool = False  # every student has a second row, `NAME int8`: its INT8 file for the first target
 

@@ -159,10 +159,14 @@ def measured_here(
 
 
 def shipped(bench: BenchResult, target: Target, students: Iterable[Weights]) -> BenchResult:
-    """With the student for the target: validation accuracy chooses."""
+    """With the student for the target: validation accuracy chooses. Where none can ship, that is said at once."""
     accuracy = {w.name: w.valid_accuracy or 0.0 for w in students}
     rows = [m.contestant.name for m in bench.measurements]
-    return assigned(bench, target.budget_ms, {r: a for r in rows for n, a in accuracy.items() if r.startswith(f"{n} ")})
+    known = {r: a for r in rows for n, a in accuracy.items() if r.startswith(f"{n} ")}
+    made = assigned(bench, target.budget_ms, known)
+    for said in made.warnings[len(bench.warnings) :]:
+        log.warning("%s: %s", bench.target, said)
+    return made
 
 
 def fitted(ledger: Ledger, config: BuildConfig, device: Device) -> BuildConfig:

@@ -271,6 +271,7 @@ def summary(record: Record) -> dict[str, object]:
         },
         "ships": {bench.target: bench.ships for bench in record.benches if bench.ships},
         "not_measured": {bench.target: bench.not_measured for bench in record.benches if bench.not_measured},
+        "warnings": {bench.title: bench.warnings for bench in record.benches if bench.warnings},
         "gates": [
             {"target": d.target, "gate": d.gate.words, "outcome": d.outcome, "why": d.reason} for d in record.gates
         ],

@@ -27,7 +27,7 @@ from edgekd.learn import weights
 from edgekd.learn.trainer import TrainConfig
 from edgekd.pipeline import distilled
 from edgekd.stages.quantize.calibrate import CalibConfig
-from edgekd.stages.report.standings import Run, paired_interval, standings, verdict
+from edgekd.stages.report.standings import Run, paired_interval, publish, standings, verdict
 from edgekd.stages.training.contest import Classroom
 from edgekd.stages.training.distill import adopt
 from edgekd.stages.training.grade import grade
@@ -58,6 +58,11 @@ def big():
 
 def maps():
     return nn.Conv2d(3, 1, 3, padding=1)
+
+def lost():
+    net = Toy()
+    nn.init.constant_(net.head.weight, float("nan"))
+    return net
 
 def deadly():
     if multiprocessing.parent_process():
@@ -121,12 +126,23 @@ def test_every_contender_is_taught_with_every_seed_and_measured(made):
 def test_the_difference_is_paired_by_seed(made):
     _, found = made
     alone, kd = (np.array([run.readings["top1"] for run in s.runs]) for s in found.standings)
-    standing = found.standings[1]
-    assert standing.mean == pytest.approx(kd.mean()) and standing.deviation == pytest.approx(kd.std(ddof=1))
-    assert standing.difference == pytest.approx((kd - alone).mean())
-    half = 12.7062 * (kd - alone).std(ddof=1) / 2**0.5
-    assert standing.interval.high == pytest.approx((kd - alone).mean() + half, abs=1e-3)
-    assert found.standings[0].verdict == "baseline" and found.standings[0].interval is None
+    standing = found.standings[0]
+    assert standing.mean == pytest.approx(alone.mean()) and standing.deviation == pytest.approx(alone.std(ddof=1))
+    assert standing.difference == pytest.approx((alone - kd).mean())
+    half = 12.7062 * (alone - kd).std(ddof=1) / 2**0.5
+    assert standing.interval.high == pytest.approx((alone - kd).mean() + half, abs=1e-3)
+    assert found.standings[1].verdict == "baseline" and found.standings[1].interval is None
+
+
+def test_without_a_word_kd_is_the_baseline_or_else_the_first():
+    hot = Rival("hot", KD(temperature=8.0))
+    for config, name in (
+        (blobs(), "kd"),
+        (blobs(methods=(ALONE(),), rivals=(hot,)), "alone"),
+        (blobs(baseline="alone"), "alone"),
+    ):
+        entries = comparison.contenders(config)
+        assert comparison.baseline_row(config, entries, [e.label for e in entries]) == name
 
 
 def test_a_lesson_is_the_one_that_a_build_gives(tmp_path):
@@ -145,7 +161,7 @@ def test_it_is_told_in_three_forms(made):
     assert told["standings"][1]["runs"][0]["seconds"] > 0
     svg = (out / "compare.svg").read_text()
     assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
-    assert "var(" not in svg and "kd: " in svg
+    assert "var(" not in svg and "alone: " in svg
 
 
 def test_a_second_comparison_teaches_nothing(made):
@@ -227,10 +243,25 @@ def test_what_a_method_refuses_is_said_as_it_says_it(made):
     assert "student.model" in error.value.hint
 
 
-def test_a_lesson_that_is_killed_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("network", "says"),
+    [
+        ("lost", "loss `.*` is not finite in phase .* step 1"),
+        ("deadly", "the process of the lesson was killed by signal 9"),
+    ],
+)
+def test_a_lesson_that_fails_is_named_and_finished_ones_are_kept(network, says, tmp_path):
+    config = blobs(methods=(ALONE(),), rivals=(Rival("hot (8)", ALONE(), family(network)),), seeds=1)
+    with pytest.raises(TrainingError, match=rf"^`hot \(8\)`, seed 0: {says}") as error:
+        compared(tmp_path, config)
+    assert error.value.hint
+    assert list(tmp_path.glob("steps/lesson-alone-seed0-*/alone.safetensors"))
+
+
+def test_a_lesson_whose_process_is_killed_says_so(tmp_path):
     task = zoo.blobs_task(tmp_path / "data")
     course = Course(1, TRAIN, Augment(), seed=7)
-    with Classroom(1, 1) as room, pytest.raises(TrainingError, match="`poor` with seed 7 was killed by signal 9"):
+    with Classroom(1, 1) as room, pytest.raises(TrainingError, match="process of the lesson was killed by signal 9"):
         room.teach(tmp_path, "poor", task, family("deadly"), ALONE(), course, (), None)
 
 
@@ -277,8 +308,30 @@ def test_a_difference_counts_when_its_interval_excludes_zero(low, high, says):
     assert verdict(Interval(low, (low + high) / 2, high)) == says
 
 
-def a_run(seed, top1):
-    return Run(seed, {"top1": top1}, 0.5, 10, 20, "0" * 64, 1, 1.0, 1.0, 1.0, 10**6, "here")
+def a_run(seed, top1, notes=None):
+    return Run(seed, {"top1": top1}, 0.5, 10, 20, "0" * 64, notes, 1, 1.0, 1.0, 1.0, 10**6, "here")
+
+
+def test_what_a_method_chose_is_told_once_for_each_lesson(made, tmp_path):
+    routes = [{"teacher": f"a.{n}", "student": f"b.{n}", "losses": [0.5], "won": n == 1} for n in range(3)]
+    rows = {name: (a_run(0, 50.0, {"routes": routes}),) for name in ("kpn", "kpn int8")}
+    rows["steps/one"] = rows["steps/two"] = (a_run(0, 50.0, {"steps": ["wider"] * 99}), a_run(1, 50.0, {"end": "good"}))
+    rows["alone"] = (a_run(0, 40.0),)
+    told = replace(
+        made[1],
+        standings=standings(rows, "alone", "top1"),
+        baseline="alone",
+        contenders={"kpn": {}, "steps": {}, "alone": {}},
+    )
+    publish(told, tmp_path)
+    _, _, text = (tmp_path / "compare.md").read_text().partition("## What was chosen\n\n")
+    lines = text.partition("\n\n")[0].splitlines()
+    assert lines[0] == "- kpn, seed 0: a.1 &gt; b.1, of 3 routes" and len(lines) == 3
+    assert lines[1].startswith("- steps, seed 0: steps wider, wider") and "all is in compare.json" in lines[1]
+    assert len(lines[1]) < 260 and lines[2] == "- steps, seed 1: end good"
+    kept = json.loads((tmp_path / "compare.json").read_text())["standings"]
+    assert kept[0]["runs"][0]["notes"]["routes"] == routes and kept[4]["runs"][0]["notes"] is None
+    assert "What was chosen" not in (made[0] / "compare.md").read_text()  # neither alone nor kd chose anything
 
 
 def test_only_seeds_that_both_have_are_paired():
@@ -313,6 +366,11 @@ def test_names_on_the_command_line_choose_settings_from_the_configuration_or_def
     ("change", "says", "hint"),
     [
         (lambda: comparison.entered(blobs(), ("alnoe",), None, None), "no method and no rival `alnoe`", "`alone`"),
+        (
+            lambda: comparison.entered(blobs(), ("curriculum",), None, None),
+            "`curriculum` cannot be used with its defaults alone: base is missing",
+            "`compare: {methods: [{use: curriculum, ...}]}`",
+        ),
         (lambda: comparison.entered(blobs(), (), 0, None), "seeds is 0", "1 or more"),
         (lambda: comparison.entered(blobs(), ("kd", "kd"), None, None), "two contenders are called `kd`", "keep one"),
         (lambda: blobs(rivals=(Rival("kd", ALONE()),)), "two contenders are called `kd`", "another name"),

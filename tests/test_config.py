@@ -24,6 +24,11 @@ def test_every_recipe_is_valid_and_survives_json(name):
     [
         ("student.method.wieght=1.0", "student.method has no `wieght`"),
         ("student.method.wieght=1.0", "did you mean `weight`?"),
+        ("student.method={use: curriculum}", "student.method.base is missing\n\nhint: write `base: {use: NAME}`"),
+        (
+            "student.baselines=[{use: assistant, base: {use: kd}}]",
+            "write `assistants: [{use: NAME}]`; `edgekd list models`",
+        ),
         ("student.method.weight=big", 'student.method.weight is "big": Input should be a valid number'),
         ("student.method.use=kpm", "did you mean `kpn`?"),
         ("student.epochs=2.5", "student.epochs is 2.5: Input should be a valid integer"),

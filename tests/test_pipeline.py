@@ -16,6 +16,11 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from edgekd.delivery import shipped
+from edgekd.pipeline import summary
+from edgekd.targets.cpu import Cpu
+from tests.test_regressions import bench, record, row
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -34,6 +39,13 @@ def built(tmp_path_factory):
     home = tmp_path_factory.mktemp("build")
     done = edgekd("build", "digits", "--smoke", "--target", "cpu", "--out", "out", "--json", cwd=home)
     return home, json.loads(done.stdout)
+
+
+def test_a_latency_budget_that_nothing_meets_is_told_at_once_and_to_machines(caplog):
+    late = shipped(bench(row("kd int8", 2.5), ships=""), Cpu(budget_ms=1.0), record().students)
+    said = "no student is within the budget of 1 ms: the fastest takes 2.5 ms (median)"
+    assert [(r.levelname, r.message) for r in caplog.records] == [("WARNING", f"cpu: {said}")]
+    assert summary(record(late))["warnings"] == {"cpu": (said,)} and summary(record(bench()))["warnings"] == {}
 
 
 def test_a_build_measures_teacher_student_and_baselines(built):

@@ -227,6 +227,20 @@ def test_page_loads_nothing_and_runs_nothing(record, tmp_path, name):
     assert ("meta", "http-equiv", "Content-Security-Policy") in parser.seen and "default-src 'none'" in page
 
 
+def test_the_routes_that_were_tried_are_in_markdown_too(record, tmp_path):
+    student, *others = record.students
+    routes = student.notes["routes"]
+    won = [{**route, "won": route["dropped"] is None} for route in routes]
+    for told, first in ((won, "**chosen**"), (routes, "–")):  # an older report does not say which won
+        student = dataclasses.replace(student, notes={"routes": told})
+        report(dataclasses.replace(record, students=(student, *others)), tmp_path / "out")
+        _, comment, _ = texts(tmp_path / "out")
+        assert "### Routes that were tried: student, taught by kpn" in comment
+        lines = [line for line in comment.splitlines() if " of the teacher, " in line]
+        assert lines[0] == f"- stage2.4 of the teacher, stage2.1 of the student: {first}; joint loss 0.912, 0.844"
+        assert lines[2].endswith("dropped after period 1; joint loss 1.23") and len(lines) == 3
+
+
 def test_hostile_names_are_text_in_markdown_too(record, tmp_path):
     report(with_names(record, f"{EVIL} | @team"), tmp_path / "out")
     _, comment, _ = texts(tmp_path / "out")

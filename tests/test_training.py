@@ -3,6 +3,7 @@
 import importlib
 import pickle
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from edgekd.core.model import Model
 from edgekd.core.task import Augment
 from edgekd.learn import weights
 from edgekd.learn.losses import soft_kl
-from edgekd.learn.trainer import TrainConfig
+from edgekd.learn.trainer import TrainConfig, diverged, finite
 from edgekd.methods.alone import Alone
 from edgekd.models.python import Python
 from edgekd.models.resnet import ResNet
@@ -57,6 +58,52 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_finished_epochs(tmp_path):
     assert "loss `task` is not finite in phase `explode`, epoch 3, step 2 (task nan)" in str(error.value)
     assert "lower train.lr" in error.value.hint
     assert list(tmp_path.rglob("epoch.pt"))
+
+
+@dataclass(frozen=True)
+class Steep(Method):
+    """Losses that are finite; the root's slope at 0 is not, and dropout leaves it out of some steps."""
+
+    tame: bool = False
+
+    def teach(self, lesson):
+        student = lesson.student
+
+        def loss(batch):
+            answer = student(batch.x)
+            chosen = torch.nn.functional.dropout(torch.ones(()), 0.8)
+            root = (answer - answer.detach()).abs().sum() * chosen + (1.0 if self.tame else 1 - chosen / 5)
+            return {"task": 1e-6 * answer.square().mean(), "root": root.sqrt(), "other": 1e-6 * answer.sum()}
+
+        yield Phase("climb", trains=(student,), loss=loss, epochs=lesson.epochs)
+        return {"student": student}
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_is_learnt_and_names_its_loss(tmp_path):
+    task = zoo.blobs_task(tmp_path / "data")
+    course = Course(4, TrainConfig(batch=16, precision="fp32"), Augment(), 0)
+    with pytest.raises(TrainingError) as error:
+        distill(tmp_path / "s", "s", task, ResNet(8, 4), Steep(), course, ())
+    assert "the gradient of loss `root` is not finite in phase `climb`, epoch 1, step" in error.value.what
+    assert "nan" not in error.value.what and "root or logarithm of 0" in error.value.hint
+    distill(tmp_path / "t", "t", task, ResNet(8, 4), Steep(tame=True), course, ())
+
+
+def test_all_losses_that_are_not_finite_are_named():
+    one, nan = torch.tensor(1.0), torch.tensor(float("nan"))
+    said = diverged(["a", "c"], {"a": nan, "b": one, "c": nan}, "phase `p`, epoch 1, step 1", gradient=False).what
+    assert said == "losses `a`, `c` are not finite in phase `p`, epoch 1, step 1 (a nan, b 1, c nan)"
+    said = diverged(["a", "b"], {"a": one, "b": one}, "phase `p`, epoch 1, step 1", gradient=True).what
+    assert said.startswith("the gradients of losses `a`, `b` are not finite in phase `p`")
+    assert (
+        diverged([], {"a": one}, "w", gradient=True).what
+        == "the gradient of the sum of losses is not finite in w (a 1)"
+    )
+
+
+def test_a_gradient_whose_norm_overflows_is_finite_yet():
+    assert finite([torch.full((9,), 1e38), None]) and finite([])
+    assert not finite([torch.ones(3), torch.tensor([1.0, float("inf")])])
 
 
 def a_net():

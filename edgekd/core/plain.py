@@ -130,7 +130,7 @@ def mistake(found: Any, kind: type, data: Any) -> ConfigError:
     if isinstance(cause, ConfigError):
         return ConfigError(f"{where}: {cause.what}", hint=cause.hint)
     if found["type"] in ("missing", "missing_argument"):
-        return ConfigError(f"{where} is missing", hint=EXAMPLE)
+        return ConfigError(f"{where} is missing", hint=sample(kind_at(kind, data, path[:-1]), str(path[-1])))
     if found["type"] == "no_use":
         return ConfigError(f"{where} {found['msg']}", hint=f"`edgekd list` says what each of them is; {EXAMPLE}")
     quoted = json.dumps(found["input"], default=str)
@@ -138,19 +138,37 @@ def mistake(found: Any, kind: type, data: Any) -> ConfigError:
     return ConfigError(f"{where} is {quoted}: {found['msg']}", hint=HINTS.get(found["type"], EXAMPLE))
 
 
+def sample(above: Any, key: str) -> str:
+    """What to write for the setting `key` of `above`, which has no default."""
+    kind = typing.get_type_hints(above).get(key) if dataclasses.is_dataclass(above) else None
+    inner = next(iter(typing.get_args(kind)), None) if typing.get_origin(kind) is tuple else kind
+    if not (isinstance(inner, type) and "FOLDER" in vars(inner)):
+        return EXAMPLE
+    one = "{use: NAME}"
+    said = one if inner is kind else f"[{one}]"
+    return f"write `{key}: {said}`; `edgekd list {vars(inner)['FOLDER']}` says the names"
+
+
 def fields_at(kind: Any, data: Any, path: list[Any]) -> list[str]:
     """The keys that are allowed at `path` of a `kind`."""
-    kind = concrete(kind, data)
-    for part in path:
-        inner = (
-            typing.get_type_hints(kind) if isinstance(part, str) else {part: next(iter(typing.get_args(kind)), None)}
-        )
-        hint = inner.get(part)
-        data = data[part]
-        kind = concrete(hint, data)
+    kind = kind_at(kind, data, path)
     if not dataclasses.is_dataclass(kind):
         return []
     return sorted([f.name for f in dataclasses.fields(kind)] + ["use"] * bool(plugins.folder_of(kind)))  # type: ignore[arg-type]
+
+
+def kind_at(kind: Any, data: Any, path: list[Any]) -> Any:
+    """What is to stand at `path` of a `kind`, with its plug-ins as `data` chooses them."""
+    kind = concrete(kind, data)
+    for part in path:
+        inner = typing.get_args(kind)
+        if isinstance(kind, type):
+            hint = typing.get_type_hints(kind).get(part)
+        else:
+            hint = next(iter(inner[-1:] if typing.get_origin(kind) is dict else inner), None)
+        data = data[part]
+        kind = concrete(hint, data)
+    return kind
 
 
 def concrete(hint: Any, data: Any) -> Any:

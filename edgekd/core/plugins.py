@@ -16,6 +16,7 @@ from edgekd.core.errors import ConfigError
 from edgekd.core.foreign import foreign
 
 FOLDERS = ("methods", "models", "data", "targets", "metrics")
+SHOWN = 20  # names that an error lists: a network has hundreds of layers
 
 
 @cache
@@ -48,10 +49,11 @@ def load(folder: str, name: str) -> Any:
 
 
 def unknown(what: str, name: str, known: list[str]) -> ConfigError:
-    """An error for a name that is not among `known`, with the nearest one as the hint."""
-    near = difflib.get_close_matches(name, known, n=1)
-    guess = f"did you mean `{near[0]}`? " if near else ""
-    return ConfigError(what, hint=f"{guess}known: {', '.join(known)}")
+    """An error for a name that is not among `known`, with the nearest ones as the hint."""
+    near = [f"`{one}`" for one in difflib.get_close_matches(name, known)]
+    guess = f"did you mean {' or '.join(filter(None, (', '.join(near[:-1]), near[-1])))}? " if near else ""
+    more = f", and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
+    return ConfigError(what, hint=f"{guess}known: {', '.join(known[:SHOWN])}{more}")
 
 
 def name_of(plugin: object) -> str:

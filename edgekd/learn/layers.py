@@ -109,13 +109,16 @@ def outputs(model: nn.Module, x: Tensor) -> list[tuple[Layer, tuple[int, int]]]:
     ]
 
 
-def look(model: nn.Module, path: str, x: Tensor) -> Layer:
-    """One layer by name. Raises ConfigError if there is none, or if its output is not a map that is made once."""
-    Taps(model, path)
+def look(model: nn.Module, path: str, x: Tensor, role: str) -> Layer:
+    """One layer by name. Raises ConfigError if there is none, or if its output is not a map that is made once.
+
+    `role` is what the model is called there: teacher or student, which may be of one class.
+    """
+    Taps(model, path, role=role)
     found = next((layer for layer, _ in outputs(model, x) if layer.path == path), None)
     if found is None:
         raise ConfigError(
-            f"layer `{path}` gives no (N, C, H, W) map, or runs more than once in a pass",
+            f"layer `{path}` of the {role} gives no (N, C, H, W) map, or runs more than once in a pass",
             hint="name a convolution, a normalisation or a block",
         )
     return found

@@ -55,7 +55,10 @@ def deepest_pairs(lesson: Lesson, chosen: tuple[Pair, ...]) -> list[Candidate]:
 
 
 def named(lesson: Lesson, chosen: tuple[Pair, ...], x: Tensor) -> list[Candidate]:
-    return [Candidate(look(teacher(lesson), p.teacher, x), look(lesson.student, p.student, x)) for p in chosen]
+    return [
+        Candidate(look(teacher(lesson), p.teacher, x, "teacher"), look(lesson.student, p.student, x, "student"))
+        for p in chosen
+    ]
 
 
 def checked(pair: Candidate) -> Candidate:

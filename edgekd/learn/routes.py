@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from edgekd.core.errors import ConfigError
 from edgekd.learn.layers import Layer, cuts, layers, look
+
+SHOWN = 3  # pairs that an error tells of
 
 
 @dataclass(frozen=True)
@@ -31,25 +34,37 @@ def candidates(teacher: nn.Module, student: nn.Module, x: Tensor, tolerance: flo
     Raises ConfigError if no two layers have equal size and receptive fields within `tolerance`.
     """
     wide, thin = layers(teacher, x), layers(student, x)
-    found = []
+    nearest = []
     for own in reversed(thin):
         fitting = [Candidate(theirs, own) for theirs in wide if theirs.size == own.size]
-        near = min(fitting, key=lambda c: c.mismatch, default=None)
-        if near and near.mismatch <= tolerance:
-            found.append(near)
+        nearest += sorted(fitting, key=lambda c: c.mismatch)[:1]
+    found = [near for near in nearest if near.mismatch <= tolerance]
+    if nearest and not found:
+        raise far(nearest, tolerance)
     if not found:
         sizes = [sorted({"{}x{}".format(*layer.size) for layer in side}) for side in (wide, thin)]
         raise ConfigError(
-            "no layer of the student fits one of the teacher in size and receptive field "
-            f"(teacher: {', '.join(sizes[0])}; student: {', '.join(sizes[1])}; receptive_tolerance {tolerance})",
-            hint="raise receptive_tolerance, name `routes`, or choose a student that shrinks maps alike",
+            "no layer of the student has the size of one of the teacher's "
+            f"(teacher: {', '.join(sizes[0])}; student: {', '.join(sizes[1])})",
+            hint="choose a student that shrinks maps alike",
         )
     return found
 
 
+def far(nearest: list[Candidate], tolerance: float) -> ConfigError:
+    """No pair of equal size is near enough: the nearest ones with what they see, and the tolerance that lets one in."""
+    closest = sorted(nearest, key=lambda c: c.mismatch)[:SHOWN]
+    told = [f"{c.teacher.path} {c.teacher.receptive}, {c.student.path} {c.student.receptive}" for c in closest]
+    return ConfigError(
+        f"the receptive fields of all layers of equal size differ by more than the share of {tolerance:g} "
+        f"(teacher's, student's, in pixels: {'; '.join(told)})",
+        hint=f"set receptive_tolerance to {math.ceil(100 * closest[0].mismatch) / 100:g} or more, or name `routes`",
+    )
+
+
 def named(teacher: nn.Module, student: nn.Module, theirs: str, own: str, x: Tensor) -> Candidate:
     """A route that the user named by the paths of its layers. Raises ConfigError if they do not exist or do not fit."""
-    found = Candidate(look(teacher, theirs, x), look(student, own, x))
+    found = Candidate(look(teacher, theirs, x, "teacher"), look(student, own, x, "student"))
     if found.teacher.size != found.student.size:
         sizes = "{}x{} and {}x{}".format(*found.teacher.size, *found.student.size)
         raise ConfigError(

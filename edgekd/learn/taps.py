@@ -14,12 +14,14 @@ from edgekd.core.plugins import unknown
 class Taps:
     """Call a model and also get the outputs of some of its layers, by dotted path."""
 
-    def __init__(self, model: nn.Module, *layers: str) -> None:
-        """Raises ConfigError if the model has no such layer."""
+    def __init__(self, model: nn.Module, *layers: str, role: str = "") -> None:
+        """Raises ConfigError if the model has no such layer; it is called by its `role` in a lesson, if it has one."""
         modules = dict(model.named_modules())
         for name in layers:
             if name not in modules:
-                raise unknown(f"{type(model).__name__} has no layer `{name}`", name, [n for n in modules if n])
+                kind = type(model).__name__
+                whose = f"the {role} ({kind})" if role else kind
+                raise unknown(f"{whose} has no layer `{name}`", name, [n for n in modules if n])
         self.model = model
         self.layers = {name: modules[name] for name in layers}
 

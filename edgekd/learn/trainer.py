@@ -6,13 +6,14 @@ import io
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from edgekd.core.artifact import EpochRecord
 from edgekd.core.errors import ConfigError, TrainingError
@@ -24,6 +25,7 @@ from edgekd.learn.feed import Feed
 Precision = Literal["auto", "fp32", "bf16"]
 NEAR = 1.25  # Eigen et al., 2014, arXiv 1406.2283
 CALMER = "lower train.lr, or set train.precision to fp32; finished steps are kept"
+STEEP = "a root or logarithm of 0 is steep without end: add a little to what it is taken of; or " + CALMER
 
 
 @dataclass(frozen=True)
@@ -111,19 +113,35 @@ class Trainer:
             progress = (epoch + step / steps) / phase.epochs
             for group in optimiser.param_groups:
                 group["lr"] = self.config.rate(start + (end - start) * progress)
-            losses = self.losses(phase, Batch(x, y, index, progress))
+            batch, drawn = Batch(x, y, index, progress), torch.get_rng_state()
+            losses = self.losses(phase, batch)
             total = torch.stack([value.float() for value in losses.values()]).sum()
+            when = f"phase `{phase.name}`, epoch {epoch + 1}, step {step + 1}"
             if not math.isfinite(total.item()):
-                told = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
-                first = next((name for name, value in losses.items() if not math.isfinite(value.item())), "their sum")
-                when = f"phase `{phase.name}`, epoch {epoch + 1}, step {step + 1}"
-                raise TrainingError(f"loss `{first}` is not finite in {when} ({told})", hint=CALMER)
+                wrong = [name for name, value in losses.items() if not math.isfinite(value.item())]
+                raise diverged(wrong, losses, when, gradient=False)
             optimiser.zero_grad(set_to_none=True)
             total.backward()  # type: ignore[no-untyped-call]
+            if not finite(p.grad for p in parameters(optimiser)):
+                torch.set_rng_state(drawn)
+                raise diverged(self.steep(phase, batch, optimiser), losses, when, gradient=True)
             optimiser.step()
             for name, value in losses.items():
                 sums[name] += value.item()
         return {name: value / steps for name, value in sums.items()}
+
+    def steep(self, phase: Phase, batch: Batch, optimiser: torch.optim.Optimizer) -> list[str]:
+        """The losses of a step whose own gradients are not finite.
+
+        They are computed again: to keep what they were differentiated by would cost every step memory and time.
+        """
+        trained = [p for p in parameters(optimiser) if p.requires_grad]
+        losses = {name: value for name, value in self.losses(phase, batch).items() if value.requires_grad}
+        return [
+            name
+            for name, value in losses.items()
+            if not finite(torch.autograd.grad(value, trained, retain_graph=True, allow_unused=True))
+        ]
 
     def losses(self, phase: Phase, batch: Batch) -> Losses:
         with self.autocast():
@@ -161,6 +179,27 @@ class Trainer:
     def sample(self, count: int) -> Iterator[Batch]:
         for _, (x, y, index) in zip(range(count), self.train.ordered(self.config.batch), strict=False):
             yield Batch(x, y, index, 0.0)
+
+
+def parameters(optimiser: torch.optim.Optimizer) -> Iterator[Tensor]:
+    return (parameter for group in optimiser.param_groups for parameter in group["params"])
+
+
+def finite(gradients: Iterable[Tensor | None]) -> bool:
+    """Whether all their numbers are. The norm tells it cheaply; it overflows where they are merely huge."""
+    known = [gradient for gradient in gradients if gradient is not None]
+    return math.isfinite(get_total_norm(known).item()) or all(bool(g.isfinite().all()) for g in known)
+
+
+def diverged(names: list[str], losses: Losses, when: str, gradient: bool) -> TrainingError:
+    """The end of a lesson, with all losses that are to blame; none is where only their sum is not finite."""
+    many = "s" * (len(names) > 1)
+    what = f"loss{'e' * len(many)}{many} {', '.join(f'`{name}`' for name in names)}" if names else "the sum of losses"
+    what = f"the gradient{many} of {what}" if gradient else what
+    told = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
+    return TrainingError(
+        f"{what} {'are' if many else 'is'} not finite in {when} ({told})", hint=STEEP if gradient else CALMER
+    )
 
 
 def right(answer: Tensor, truth: Tensor) -> float:

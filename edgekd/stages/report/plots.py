@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Matplotlib knows no CSS variables: it draws in these, and `inline` puts the variables in.
 COLOURS = {"ink": "#010101", "mute": "#010102", "rule": "#010103"} | {f"c{i}": f"#01010{3 + i}" for i in range(1, 6)}
+PAPER = {"ink": "#1b2126", "mute": "#5c6770", "rule": "#dde1e5", "c1": "#1f7a5a", "c2": "#b0601a"}  # of an SVG file
+WHITE = "#ffffff"
 LOOK = {"teacher": ("c3", "s"), "student": ("c1", "o"), "baseline": ("c2", "^")}  # role: colour, marker
 FILLS = {"int8": ("filled", "full"), "fp16": ("half filled", "left"), "fp32": ("hollow", "none")}  # in words; of dots
 STYLE: dict[Any, Any] = {  # matplotlib's settings
@@ -274,3 +276,12 @@ def inline(svg: str, title: str) -> str:
     svg = re.sub(r"<[^>]*>", clean, svg)  # tags only: text may look like anything
     head = f'<svg role="img" aria-label="{html.escape(visible(title))}"'
     return re.sub(r'<svg width="[^"]*" height="[^"]*"', lambda _: head, svg, count=1)
+
+
+def standing_alone(svg: str) -> str:
+    """A page's element as a file of its own: with its name space, its colours and white paper."""
+    for name, colour in PAPER.items():
+        svg = svg.replace(f"var(--{name})", colour)
+    head = '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif"'
+    paper = f'<rect width="100%" height="100%" fill="{WHITE}"/>'
+    return re.sub(r"<svg([^>]*)>", lambda found: f"{head}{found[1]}>{paper}", svg, count=1)

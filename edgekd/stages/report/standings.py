@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,6 @@ from edgekd.stages.report.figures import PERCENT, SCORES
 SCHEMA = 1  # of compare.json
 SHARED = ("epochs", "train", "labels_per_class", "unlabelled")  # settings of the student that all contenders have
 ALONE = "one seed: no interval"
-PAPER = {"ink": "#1b2126", "mute": "#5c6770", "rule": "#dde1e5", "c1": "#1f7a5a", "c2": "#b0601a"}  # of the SVG file
-
-WHITE = "#ffffff"
 
 
 @dataclass(frozen=True)
@@ -34,6 +30,7 @@ class Run:
     parameters: int
     macs: int  # of one image
     sha256: str  # of its weights
+    notes: dict[str, Any] | None  # what the method chose
     # of the lesson that it is from; all students of one lesson share them
     epochs: int
     epoch_seconds: float  # mean; interruptions not counted
@@ -227,12 +224,22 @@ def markdown(made: Comparison) -> str:
     for s in made.standings:
         by_seed = {run.seed: f"{run.readings[made.score]:.2f}" for run in s.runs}
         lines.append(row([s.name, *(by_seed.get(seed, "–") for seed in made.seeds)]))
+    chosen = [f"- {words.markdown(line)}" for line in choices(made)]
+    lines += ["", "## What was chosen", "", *chosen] if chosen else []
     shared = {key: value for key, value in made.config["student"].items() if key in SHARED}
     lines += ["", "## Settings", "", f"- all: `{json.dumps(shared)}`"]
     lines += [f"- {words.markdown(label)}: `{json.dumps(chosen)}`" for label, chosen in made.contenders.items()]
     versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
     lines += ["", f"Made by edgekd {made.edgekd}, {words.when(made.created)}; {versions}; {made.system}."]
     return "\n".join(lines) + "\n"
+
+
+def choices(made: Comparison) -> Iterator[str]:
+    """A line for each lesson that noted something: the route that won, or all notes, shortened."""
+    for label in made.contenders:
+        own = (s for s in made.standings if s.name == label or s.name.startswith((f"{label}/", f"{label} ")))
+        runs = next(own).runs  # all students of one lesson have its notes
+        yield from (f"{label}, seed {run.seed}: {words.chosen(run.notes)}" for run in runs if run.notes)
 
 
 def row(cells: Iterable[str], escape: bool = True) -> str:
@@ -258,18 +265,9 @@ def drawn(made: Comparison) -> str:
             axes.plot([s.mean], [place], marker="o", ms=6, color=colour, ls="none")
             told = s.name if s.difference is None else f"{s.name}: {difference(s)}"
             style: dict[str, Any] = {"va": "bottom", "fontsize": 8.5, "parse_math": False}
-            style["bbox"] = {"facecolor": WHITE, "edgecolor": "none", "pad": 1}
+            style["bbox"] = {"facecolor": plots.WHITE, "edgecolor": "none", "pad": 1}
             axes.annotate(told, (0, place - 0.2), xycoords=("axes fraction", "data"), **style)
-    return standing_alone(done[0])
-
-
-def standing_alone(svg: str) -> str:
-    """A page's element as a file of its own: with its name space, its colours and white paper."""
-    for name, colour in PAPER.items():
-        svg = svg.replace(f"var(--{name})", colour)
-    head = '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif"'
-    paper = f'<rect width="100%" height="100%" fill="{WHITE}"/>'
-    return re.sub(r"<svg([^>]*)>", lambda found: f"{head}{found[1]}>{paper}", svg, count=1)
+    return plots.standing_alone(done[0])
 
 
 def publish(made: Comparison, out: Path) -> None:

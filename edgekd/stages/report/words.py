@@ -8,6 +8,8 @@ from typing import Any
 from edgekd.core.text import visible
 from edgekd.core.trial import Interval
 
+LONGEST = 160  # letters of the notes of a lesson
+
 
 def figures(value: float) -> str:
     """Three significant digits, in full: 0.213, 12.3, 1,230; what is no number is said to be nan or inf."""
@@ -91,6 +93,16 @@ def setting(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{label(name)} {setting(member)}" for name, member in value.items())
     return str(value)
+
+
+def chosen(notes: dict[str, Any]) -> str:
+    """stage2.4 > stage2.1, of 3 routes; or names and values."""
+    routes = notes.get("routes", [])
+    won = [f"{route['teacher']} > {route['student']}" for route in routes if route.get("won")]
+    if won:
+        return f"{', '.join(won)}, of {len(routes)} route{'s' * (len(routes) > 1)}"
+    told = setting(notes)
+    return told if len(told) <= LONGEST else f"{told[:LONGEST]} ... (all is in compare.json)"
 
 
 def flat(settings: dict[str, Any]) -> list[tuple[str, str]]:

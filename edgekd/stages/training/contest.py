@@ -96,15 +96,15 @@ class Classroom:
         if isinstance(answer, Exception):
             raise answer
         if not isinstance(answer, Taught):
-            raise lost(name, course.seed, process.exitcode or 0)
+            raise lost(process.exitcode or 0)
         return answer
 
 
-def lost(name: str, seed: int, code: int) -> TrainingError:
+def lost(code: int) -> TrainingError:
     ended = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
     short = "if memory was short use fewer --jobs, or a smaller batch; " if code == -signal.SIGKILL else ""
     return TrainingError(
-        f"the process that taught `{name}` with seed {seed} {ended}",
+        f"the process of the lesson {ended}",
         hint=f"{short}the same command again goes on where this one stopped",
     )
 
