@@ -133,6 +133,12 @@ def test_correlation_ignores_scale_and_shift_and_stands_constants():
     assert pearson(flat, a, 0).tolist() == [0, 0, 0] and flat.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("over", [0, 1])
+def test_correlation_has_true_gradients(over):
+    a, b = (drawn(4, 3, seed=seed).double().requires_grad_() for seed in (0, 1))
+    assert torch.autograd.gradcheck(lambda a, b: pearson(a, b, over), (a, b))
+
+
 def test_attention_is_the_energy_of_each_position_over_their_norm():
     feature = torch.tensor([[[[1.0, 0.0]], [[2.0, -2.0]]]])  # energies 5 and 4
     assert attention(feature).tolist() == [pytest.approx([5 / 41**0.5, 4 / 41**0.5])]

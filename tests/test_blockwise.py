@@ -207,7 +207,9 @@ def test_blocks_that_are_taught_come_nearer_to_the_teacher():
 
 def test_a_teacher_of_other_classes_is_not_imitated():
     room = Classroom(knows=((0, None, 2),))
+    assert "labels only" not in room.notes
     for phase in taught(room, Blockwise()):
+        assert room.notes["labels only"] == "the teacher knows 2 of the 3 classes, so no answers are copied"
         assert "task" in phase.loss(batch()) and "kd" not in phase.loss(batch())
 
 

@@ -201,6 +201,12 @@ def test_attention_by_hand():
     assert attention(maps).flatten().tolist() == pytest.approx([-1.0, 1.0], abs=1e-4)
 
 
+def test_attention_has_true_gradients():
+    maps = torch.randn(2, 3, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(attention, maps)
+    assert attention(maps.half()).dtype == torch.float32
+
+
 def test_the_maps_loss_is_that_of_numpy_and_finite_for_a_map_of_one_pixel():
     own, aim = torch.randn(2, 4, 3, 5, 6, dtype=torch.float32)
     thin, other = torch.randn(2, 4, 2, 3, 3, dtype=torch.float32)

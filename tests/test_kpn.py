@@ -40,6 +40,19 @@ def test_a_constant_is_no_way_to_make_the_gap_small():
     assert KPN().gap(projected, nearly_constant) > KPN().gap(projected, projected + 0.8 * projected.flip(0))
 
 
+def test_the_gap_does_not_shrink_with_the_features():
+    """Of both sides made smaller together nothing is won: else P and the front part would agree on nearly nothing."""
+    r, v = (torch.randn(8, 4, 6, 6, generator=torch.Generator().manual_seed(seed)).double() for seed in (0, 1))
+    for scale in (0.01, 100.0):
+        assert KPN().gap(scale * r, scale * v).item() == pytest.approx(KPN().gap(r, v).item(), rel=5e-3)
+
+
+def test_the_gap_has_true_gradients():
+    r, v = (torch.randn(3, 2, 2, 2, generator=torch.Generator().manual_seed(seed)).double() for seed in (0, 1))
+    assert torch.autograd.gradcheck(KPN().gap, (r.requires_grad_(), v.requires_grad_()))
+    assert KPN().gap(r.half(), v.half()).dtype == torch.float32
+
+
 def gradients(loss, *modules):
     for module in modules:
         module.requires_grad_(True).zero_grad()
@@ -97,6 +110,19 @@ def test_in_stage_2_the_student_runs_on_its_own_and_the_projection_fades(route):
     assert start["task"].item() == pytest.approx(want.item())
 
 
+def test_in_stage_2_the_projection_goes_on_learning_from_the_gap(route):
+    _, second = phases(route, a_lesson())
+    student, projection = second.trains
+    parts = (student.stage2, projection)
+    assert gradients(second.loss(batch())["project"], *parts) == [True, True]
+    assert gradients(second.loss(batch())["task"], *parts) == [True, False]
+    before = [p.clone() for p in projection.parameters()]
+    optimiser = torch.optim.SGD(projection.parameters(), 0.1)
+    sum(second.loss(batch()).values()).backward()
+    optimiser.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, projection.parameters(), strict=True))
+
+
 def test_the_stages_have_the_paper_s_shares_and_weight_decay(route):
     first, second = phases(route, a_lesson())
     assert (first.epochs, second.epochs) == (8, 12)
@@ -128,6 +154,49 @@ def test_each_period_drops_the_route_with_the_worst_joint_loss():
         phase = script.send(Outcome(losses, 0.0))
     (left,) = {n.rpartition(":")[0] for n in phase.loss(batch())}
     assert {left, *dropped} == set(names)
+
+
+def told(method):
+    """What the report is told of the routes; of each period, the deeper the student's layer the better."""
+    notes = {}
+    script = method.teach(dataclasses.replace(a_lesson(), note=notes.__setitem__))
+    phase = next(script)
+    while phase.name != "joint":
+        phase = script.send(Outcome({n: float(i) for i, n in enumerate(phase.loss(batch()))}, 0.0))
+    return notes["routes"]
+
+
+def test_of_the_routes_that_are_found_the_deepest_candidates_are_tried():
+    everything = [(r["teacher"], r["student"]) for r in told(KPN(receptive_tolerance=1.0, candidates=99))]
+    assert len(everything) > 2
+    assert [(r["teacher"], r["student"]) for r in told(KPN(receptive_tolerance=1.0, candidates=2))] == everything[:2]
+    assert everything[0][1].startswith("stage3") and everything[-1][1].startswith("stage1")
+
+
+def test_a_route_has_a_loss_of_each_period_that_it_took_part_in():
+    routes = told(KPN(receptive_tolerance=1.0, candidates=3))
+    assert [(len(r["losses"]), r["dropped"], r["won"]) for r in routes] == [
+        (2, None, True), (2, 2, False), (1, 1, False)
+    ]  # fmt: skip
+
+
+def test_routes_between_receptive_fields_too_far_apart_are_not_tried():
+    wide = nn.Sequential(nn.Conv2d(1, 4, 5, 1, 2), nn.Conv2d(4, 4, 3, 1, 1), nn.Flatten(), nn.Linear(256, 3)).eval()
+    thin = nn.Sequential(nn.Conv2d(1, 2, 3, 1, 1), nn.Conv2d(2, 2, 3, 1, 1), nn.Flatten(), nn.Linear(128, 3)).eval()
+    # receptive fields 4, then 6, of the teacher; 2, then 4, of the student
+    for tolerance, want in ((0.0, [("0", "1")]), (0.4, [("0", "1")]), (0.5, [("0", "1"), ("0", "0")])):
+        lesson = dataclasses.replace(a_lesson(), student=thin, teachers=(wide,))
+        phase = next(KPN(receptive_tolerance=tolerance).teach(lesson))
+        names = dict.fromkeys(n.rpartition(":")[0] for n in phase.loss(batch()))
+        assert [tuple(name.split(">")) for name in names] == want
+
+
+def test_only_so_many_routes_may_be_named_for_each_has_a_student():
+    routes = tuple(Route("stage2", "stage2") for _ in range(5))
+    assert KPN(routes=routes[:4]) and KPN(routes=routes[:4], candidates=1) and KPN(routes=routes, candidates=5)
+    with pytest.raises(ConfigError, match="5 routes are named, but at most 4 are taught side by side") as error:
+        KPN(routes=routes)
+    assert "set candidates to 5" in error.value.hint
 
 
 def test_the_winner_s_weights_arrive_in_the_student():

@@ -12,7 +12,7 @@ from edgekd.core.task import Augment
 from edgekd.learn.macs import macs
 from edgekd.learn.surgery import difference, operated
 from edgekd.learn.trainer import TrainConfig, freeze
-from edgekd.learn.widths import Group, GrownLayer, groups, grown, merged, named, planted
+from edgekd.learn.widths import Group, GrownLayer, GrownNorm, groups, grown, merged, named, planted
 from edgekd.methods.channel_planting import ChannelPlanting, Garden, Seed
 from edgekd.models.mobilenet_v2 import MobileNetV2Model
 from edgekd.models.resnet import ResNet
@@ -147,6 +147,18 @@ def test_gradients_reach_what_is_new_and_nothing_else():
     assert torch.autograd.gradcheck(run, new)
 
 
+def test_a_grown_batchnorm_has_true_gradients():
+    layer = GrownNorm(nn.BatchNorm2d(2).double(), 1).double()
+    layer.old.requires_grad_(False).eval()
+    x = torch.randn(3, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    new = tuple(torch.randn(1, dtype=torch.float64, requires_grad=True) for _ in "wb")
+
+    def run(x, weight, bias):
+        return torch.func.functional_call(layer, {"new.weight": weight, "new.bias": bias}, (x,))
+
+    assert torch.autograd.gradcheck(run, (x, *new))
+
+
 def test_macs_by_hand():
     network = nn.Sequential(
         nn.Conv2d(2, 4, 3, 2, 1),  # 4x4 pixels x 4 channels x 2*9
@@ -240,7 +252,7 @@ def planned(home, method, run, epochs=20, **changes):
 def test_growth_stops_when_the_macs_are_used_up(tmp_path):
     before = macs(zoo.Toy(4), images()[:1])
     run, phases = pretended()
-    made, notes, _ = planned(tmp_path, ChannelPlanting(max_macs=int(1.3 * before)), run)
+    made, notes, _ = planned(tmp_path, ChannelPlanting(start=0.5, steps=4, max_macs=int(1.3 * before)), run)
     counts = [step["macs"] for step in notes["steps"]]
     assert before < counts[0] <= counts[-1] == macs(made, images()[:1]) <= 1.3 * before
     assert notes["end"] == "no channel fits into what is left of the MACs"
@@ -248,7 +260,7 @@ def test_growth_stops_when_the_macs_are_used_up(tmp_path):
 
 
 def test_growth_stops_at_the_latency_budget(tmp_path):
-    method = ChannelPlanting(max_ms=0.04)
+    method = ChannelPlanting(start=0.5, steps=4, max_ms=0.04)
     assert method.priced and not ChannelPlanting().priced
     asked = []
 
@@ -259,8 +271,35 @@ def test_growth_stops_at_the_latency_budget(tmp_path):
     run, _ = pretended()
     made, notes, _ = planned(tmp_path, method, run, price=price)
     assert notes["end"] == "no candidate fits into the latency budget"
+    assert notes["too slow"][-1]["channels"][1] - notes["too slow"][-1]["channels"][0] == 1, "down to one channel"
     assert notes["steps"] and notes["steps"][-1]["ms"] == macs(made, images()[:1]) / 1e6 <= 0.04
     assert max(asked) > 0.04
+
+
+def test_what_is_too_slow_is_tried_with_fewer_channels(tmp_path):
+    """Half of them at a time, of the best candidate first; what fits is taught in the rest of the step."""
+    lesson, _ = a_lesson(tmp_path, 20)
+    base = macs(lesson.student, images()[:1])
+
+    def price(network):
+        return macs(network, images()[:1]) / base
+
+    run, phases = pretended()
+    made, notes, _ = planned(tmp_path, ChannelPlanting(start=0.5, steps=1, max_ms=1.05), run, price=price)
+    (step,) = notes["steps"]
+    assert 1 < price(made) == step["ms"] <= 1.05
+    # all three with their channels, then with half of them: of equal gains in the order of the network
+    assert [(t["layer"], t["channels"]) for t in notes["too slow"]] == [
+        ("stage1.0", [4, 7]), ("stage2.0", [8, 10]), ("stage3.0", [16, 21]),
+        ("stage1.0", [4, 5]), ("stage2.0", [8, 9]), ("stage3.0", [16, 18]),
+    ]  # fmt: skip
+    assert all(t["ms"] > 1.05 and t["step"] == 1 for t in notes["too slow"])
+    assert (step["layers"][0], step["channels"]) == ("stage3.0", [16, 17]) and made.head.in_features == 17
+    assert [(phase.name, phase.epochs) for phase in phases] == [("base", 10), ("try1", 2), ("grow1", 8)]
+    assert sum(p.numel() for m in phases[-1].trains for p in m.parameters()) == 8 * 9 + 2 + 3  # of one channel
+    # without a limit nothing is measured, and the widest is planted
+    wide, unlimited, _ = planned(tmp_path, ChannelPlanting(steps=1), pretended()[0], price=price)
+    assert price(wide) > 1.05 and "too slow" not in unlimited
 
 
 def test_growth_stops_at_the_goal(tmp_path):
@@ -295,7 +334,8 @@ def test_the_candidate_with_most_gain_per_mac_is_kept(tmp_path):
         ((-0.1, -0.2, -0.15), first),
         ((-0.1, -0.2, 0.01), third),
     ):
-        assert garden.best([first, second, third], dict(zip("abc", gains, strict=True))) == (want, None)
+        rated = dict(zip("abc", gains, strict=True))
+        assert garden.best(lesson.student, [first, second, third], rated, 1) == (want, None)
 
 
 def test_a_step_that_gains_nothing_is_undone(tmp_path):
@@ -322,7 +362,8 @@ def test_the_finish_trains_the_whole_network(tmp_path):
 
 def test_a_teacher_of_other_classes_leaves_the_labels(tmp_path):
     run, phases = pretended()
-    planned(tmp_path, ChannelPlanting(steps=1), run, knows=((0, None, 1),))
+    _, notes, _ = planned(tmp_path, ChannelPlanting(steps=1), run, knows=((0, None, 1),))
+    assert notes["labels only"] == "the teacher knows 2 of the 3 classes, so no answers are copied"
     batch = Batch(images(), torch.tensor([0, -1]), torch.arange(2), 0.0)
     assert set(phases[0].loss(batch)) == {"student:task"}
 
@@ -384,3 +425,8 @@ def test_only_what_is_planted_learns():
     wider = grown(network, by_name(network, images())["stage1.0"], 2)
     new = {id(p) for m in planted(wider) for p in m.parameters()}
     assert {id(p) for p in wider.parameters() if p.requires_grad} == new and len(new) == 4
+
+
+def test_a_short_lesson_leaves_one_step_however_late_planting_starts():
+    base, lengths, finish = ChannelPlanting(start=0.9).plan(5)
+    assert (base, lengths, finish) == (3, [2], 0)

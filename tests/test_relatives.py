@@ -18,6 +18,7 @@ from edgekd.learn.trainer import TrainConfig
 from edgekd.methods import curriculum, multi_teacher
 from edgekd.methods.alone import Alone
 from edgekd.methods.assistant import Assistant
+from edgekd.methods.channel_planting import ChannelPlanting
 from edgekd.methods.curriculum import Curriculum, Stage
 from edgekd.methods.kd import KD
 from edgekd.methods.kpn import KPN
@@ -299,6 +300,10 @@ def test_maps_have_a_curriculum_too():
     assert chosen == sorted(far.argsort()[:3].tolist())  # a tenth of the thirty
 
 
+def test_a_curriculum_asks_for_latencies_if_its_base_does():
+    assert Curriculum(ChannelPlanting(max_ms=1.0)).priced and not Curriculum(KD()).priced
+
+
 def test_a_curriculum_refuses_what_leaves_no_room():
     with pytest.raises(ConfigError, match="2 epochs leave none"):
         next(Curriculum(KD()).teach(a_lesson(epochs=2)))
@@ -347,6 +352,8 @@ def test_weights_learn_from_labels_and_not_from_whom_the_student_resembles():
     for name in ("task", "answers", "structure"):
         grads = torch.autograd.grad(losses[name], weighing.parameters(), retain_graph=True, allow_unused=True)
         assert all(g is None for g in grads), name
+    body = torch.autograd.grad(losses["weights"], lesson.student.parameters(), retain_graph=True, allow_unused=True)
+    assert all(g is None for g in body), "the student's maps are not bent to weigh teachers"
     steps = torch.optim.SGD(weighing.parameters(), 1.0)
     for _ in range(100):
         steps.zero_grad()
@@ -450,7 +457,7 @@ def test_answers_of_a_wider_teacher_are_put_in_the_lessons_order():
     lesson = dataclasses.replace(
         a_lesson(), teachers=(Constant([9.0, 1.0, 2.0, 3.0]), Constant([1.0, 2.0, 3.0])), knows=((3, 1, 2), (0, 1, 2))
     )
-    said, hints = multi_teacher.Faculty(lesson, [0, 1], [], 2.0)(batch().x)
+    said, hints = multi_teacher.Faculty(lesson, [0, 1], [], MultiTeacher(temperature=2.0))(batch().x)
     np.testing.assert_allclose(said[0], softmax(np.array([[3, 1, 2], [1, 2, 3]]) / 2), rtol=1e-5)
     assert hints == []
 

@@ -191,6 +191,24 @@ def test_the_last_layers_of_equal_size_are_paired():
     assert all(0 < t["unexplained"] < 1 for t in told["taps"])
 
 
+def test_of_the_pairs_found_the_deepest_are_taken():
+    told, lesson = noted(a_lesson())
+    phases(SparseMatch(taps=1), lesson)
+    assert [t["student"] for t in told["taps"]] == ["stage3.1"]
+    assert "labels only" not in told
+
+
+def test_pixels_are_labelled_behind_the_sigmoid_unless_raw_is_set():
+    """As in the paper."""
+    by_raw = {}
+    for settings in ({}, {"raw": False}, {"raw": True}):
+        lesson = a_lesson()
+        _, second, _ = phases(SparseMatch(**settings), lesson)
+        with torch.no_grad():
+            by_raw[settings.get("raw")] = second.loss(next(lesson.sample(1)))["stage3.1>stage3.1:pixel"].item()
+    assert by_raw[None] == by_raw[False] != by_raw[True]
+
+
 def test_where_no_sizes_are_equal_the_larger_map_is_pooled():
     student = nn.Sequential(zoo.conv(1, 3, 3), nn.Flatten(), nn.Linear(27, zoo.CLASSES))
     told, lesson = noted(a_lesson(student=student))
@@ -236,8 +254,9 @@ def test_a_budget_too_small_for_three_phases_is_refused():
 
 
 def test_a_teacher_of_other_classes_initialises_and_labels_finish():
-    lesson = a_lesson(knows=((0, None, 1),))
+    told, lesson = noted(a_lesson(knows=((0, None, 1),)))
     _, second, third = phases(SparseMatch(), lesson)
+    assert told["labels only"] == "the teacher knows 2 of the 3 classes, so no answers are copied"
     assert second.loss(next(lesson.sample(1)))
     assert list(third.loss(next(lesson.sample(1)))) == ["task"]
 

@@ -44,8 +44,38 @@ def standardised(logits: Tensor) -> Tensor:
     return (z - z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + 1e-7)
 
 
+def precise(x: Tensor) -> Tensor:
+    """In float32; in float64 if it is so already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def check_weights(**weights: float) -> None:
     """Raises ConfigError unless all are weights that a loss can have."""
     for name, weight in weights.items():
         if not 0 <= weight < float("inf"):  # also true of nan
             raise ConfigError(f"{name} is {weight:g}", hint="use a weight of 0 or more")
+
+
+def check_shares(**shares: float) -> None:
+    """Raises ConfigError unless all lie between 0 and 1."""
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ConfigError(f"{name} is {share:g}", hint="use a share between 0 and 1")
+
+
+def check_temperature(temperature: float, usual: int = 4) -> None:
+    """Raises ConfigError unless logits can be softened by it."""
+    if not 0 < temperature < float("inf"):
+        raise ConfigError(f"temperature is {temperature:g}", hint=f"use a number above 0; {usual} is usual")
+
+
+def labels_weight(labels: float | None, weight: float) -> float:
+    """The weight of the labels' loss; if it is not set, what that of the answers leaves of 1.
+
+    Raises ConfigError if either is none that a loss can have.
+    """
+    check_weights(weight=weight)
+    found = 1 - weight if labels is None else labels
+    if not 0 <= found < float("inf"):
+        raise ConfigError(f"the labels' loss has weight {found:g}", hint="set `labels` to 0 or more")
+    return found

@@ -47,6 +47,15 @@ def answering(lesson: Lesson, number: int = 0) -> Callable[[Tensor], Tensor]:
     return answer
 
 
+def answers(lesson: Lesson) -> bool:
+    """Whether the teacher's answers can be copied; if not, as it does not know all classes, the report is told."""
+    chosen = columns(lesson)
+    if None in chosen:
+        known = len(chosen) - chosen.count(None)
+        lesson.note("labels only", f"the teacher knows {known} of the {len(chosen)} classes, so no answers are copied")
+    return None not in chosen
+
+
 def answering_classes(lesson: Lesson, number: int = 0) -> Callable[[Tensor], Tensor]:
     """As `answering`, for methods that need class logits. Raises ConfigError if the task has none."""
     if lesson.dense:

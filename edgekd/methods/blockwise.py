@@ -38,14 +38,14 @@ from torch import Tensor, nn
 from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
 from edgekd.learn.layers import Layer, cuts, homes, outputs, unique
-from edgekd.learn.losses import imitation, supervised
+from edgekd.learn.losses import check_shares, check_temperature, imitation, supervised
 from edgekd.learn.macs import macs
 from edgekd.learn.pairs import Pair
 from edgekd.learn.routes import Candidate, named
 from edgekd.learn.subnets import stages
 from edgekd.learn.surgery import Surgery, operated
 from edgekd.learn.taps import Taps
-from edgekd.learn.teachers import columns, teacher
+from edgekd.learn.teachers import answers, columns, teacher
 
 Path: TypeAlias = tuple[int, ...]  # for each block how many repeats fewer its candidate has
 TaskLoss: TypeAlias = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
@@ -60,14 +60,14 @@ class Blockwise(Method):
     max_ms: float | None = None  # limit of the student's measured latency
     weight: float = 0.9  # of the teacher's answers beside the labels, where it knows all classes
     temperature: float = 4.0
+    standardise: bool = False  # the logits, before they are softened
 
     def __post_init__(self) -> None:
         if self.candidates < 1:
             raise ConfigError(f"candidates is {self.candidates}", hint="use 1 or more; 1 means no search")
-        for name in ("share", "weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}", hint="use a share between 0 and 1")
-        for name in ("max_macs", "max_ms", "temperature"):
+        check_shares(share=self.share, weight=self.weight)
+        check_temperature(self.temperature)
+        for name in ("max_macs", "max_ms"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} is {value}", hint="use a number above 0")
@@ -106,13 +106,13 @@ class Blockwise(Method):
 
     def task(self, lesson: Lesson) -> TaskLoss:
         """What labels and the teacher's answers say of an answer; labels alone, if it does not know all classes."""
-        known = [column for column in columns(lesson) if column is not None]
+        known, copying = [column for column in columns(lesson) if column is not None], answers(lesson)
 
         def loss(answer: Tensor, theirs: Tensor, y: Tensor) -> dict[str, Tensor]:
             told = supervised(answer, y)
-            if len(known) < lesson.classes:
+            if not copying:
                 return {"task": told}
-            copied = imitation(answer, theirs[:, known], self.temperature)
+            copied = imitation(answer, theirs[:, known], self.temperature, self.standardise)
             return {"task": (1 - self.weight) * told, "kd": self.weight * copied}
 
         return loss

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
-from edgekd.learn.losses import imitation, supervised
+from edgekd.learn.losses import check_temperature, check_weights, imitation, precise, supervised
 from edgekd.learn.norms import reestimate
 from edgekd.learn.subnets import Depth, Stage, spread, stages, subnet
 from edgekd.learn.taps import Taps
@@ -54,13 +54,14 @@ class DepthDynamic(Method):
     logits: float = 0.6  # weight of the full net's softened logits
     attention: float = 1.0  # weight of its maps
     teacher: float | None = None  # weight of a teacher's answers in L_p; None: 0.9 if it knows the classes, else 0
+    standardise: bool = False  # the logits, before they are softened
 
     def __post_init__(self) -> None:
-        for name, least in {"subnets": 1, "sampled": 0, "share": 0, "logits": 0, "attention": 0}.items():
+        check_weights(share=self.share, logits=self.logits, attention=self.attention)
+        for name, least in {"subnets": 1, "sampled": 0}.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}", hint=f"use {least} or more")
-        if self.temperature <= 0:
-            raise ConfigError(f"temperature is {self.temperature}", hint="use a number above 0; 3 is usual")
+        check_temperature(self.temperature, 3)
         if len(set(self.depths)) < len(self.depths):
             raise ConfigError("depths has a sub-net twice", hint="keep one")
         if self.teacher is not None and not 0 <= self.teacher <= 1:
@@ -85,7 +86,7 @@ class DepthDynamic(Method):
                 net.module.train(whole.training)  # the trainer sees only the tensors of its own
                 theirs, seen = part(batch.x)
                 losses[f"{net.name}:task"] = weight * task(theirs)
-                losses[f"{net.name}:full"] = weight * self.logits * imitation(theirs, answer.detach(), self.temperature)
+                losses[f"{net.name}:full"] = weight * self.logits * self.copied(theirs, answer.detach())
                 losses[f"{net.name}:maps"] = weight * self.attention * gap(seen.values(), maps.values())
             return losses
 
@@ -137,11 +138,12 @@ class DepthDynamic(Method):
             if teacher is None:
                 return lambda answer: supervised(answer, batch.y)
             told = teacher(batch.x)
-            return lambda answer: (
-                (1 - weight) * supervised(answer, batch.y) + weight * imitation(answer, told, self.temperature)
-            )
+            return lambda answer: (1 - weight) * supervised(answer, batch.y) + weight * self.copied(answer, told)
 
         return task
+
+    def copied(self, answer: Tensor, wanted: Tensor) -> Tensor:
+        return imitation(answer, wanted, self.temperature, self.standardise)
 
 
 def gap(maps: Iterable[Tensor], aims: Iterable[Tensor]) -> Tensor:
@@ -152,7 +154,7 @@ def gap(maps: Iterable[Tensor], aims: Iterable[Tensor]) -> Tensor:
 
 def attention(feature: Tensor) -> Tensor:
     """(N, C, H, W) summed over channels, then brought to mean 0 and deviation 1 over H and W in each sample."""
-    total = feature.float().sum(1)
+    total = precise(feature).sum(1)
     return F.layer_norm(total, total.shape[1:])
 
 

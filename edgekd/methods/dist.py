@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
-from edgekd.learn.losses import check_weights, standardised, supervised
+from edgekd.learn.losses import check_temperature, check_weights, standardised, supervised
 from edgekd.learn.teachers import answering_classes
 
 EPSILON = 1e-8  # a constant column correlates with nothing
@@ -34,8 +33,7 @@ class DIST(Method):
 
     def __post_init__(self) -> None:
         check_weights(inter=self.inter, intra=self.intra, labels=self.labels)
-        if self.temperature <= 0:
-            raise ConfigError(f"temperature is {self.temperature}", hint="use a number above 0; 4 is usual")
+        check_temperature(self.temperature)
 
     def teach(self, lesson: Lesson) -> Script:
         student, teacher = lesson.student, answering_classes(lesson)

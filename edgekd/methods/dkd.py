@@ -24,7 +24,7 @@ from torch import Tensor
 
 from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
-from edgekd.learn.losses import check_weights, standardised, supervised
+from edgekd.learn.losses import check_temperature, check_weights, standardised, supervised
 from edgekd.learn.teachers import answering_classes
 
 NEVER = -1000.0  # a logit that softmax makes 0 of, without the NaN that KL makes of minus infinity
@@ -41,8 +41,7 @@ class DKD(Method):
 
     def __post_init__(self) -> None:
         check_weights(target=self.target, others=self.others, labels=self.labels)
-        if self.temperature <= 0:
-            raise ConfigError(f"temperature is {self.temperature}", hint="use a number above 0; 4 is usual")
+        check_temperature(self.temperature)
         if not 0 <= self.warmup <= 1:
             raise ConfigError(f"warmup is {self.warmup}", hint="use a share of the budget between 0 and 1")
 

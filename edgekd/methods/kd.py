@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
-from edgekd.learn.losses import imitation, supervised
+from edgekd.learn.losses import check_temperature, imitation, labels_weight, supervised
 from edgekd.learn.teachers import answering
 
 
@@ -21,9 +21,13 @@ class KD(Method):
     labels: float | None = None  # weight of the labels' loss; None: 1 - weight
     standardise: bool = False
 
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+        labels_weight(self.labels, self.weight)
+
     def teach(self, lesson: Lesson) -> Script:
         student, teacher = lesson.student, answering(lesson)
-        labels = 1 - self.weight if self.labels is None else self.labels
+        labels = labels_weight(self.labels, self.weight)
 
         def loss(batch: Batch) -> Losses:
             answer = student(batch.x)

@@ -7,6 +7,9 @@ projected teacher feature, v the student's own output at that layer, and h = 1 w
     stage 1: L_p(rear(r)) + L_KP; the rear part and P learn from L_p, the front part only from L_KP
     stage 2: L_p(student(x)) + lambda L_KP, with lambda fading from `weight` to 0       (eq. 7)
 
+In stage 2 P goes on learning, from L_KP, as Algorithm 1 has it; only its weight decay becomes 0. The known risk is that
+P and the front part agree by shrinking together. Standardising both sides (below) takes that way out: of a r and a v
+with any a > 0 the gap is that of r and v.
 Several routes are taught side by side, each with its own copy of the student, with one teacher pass per batch; after
 each search period the one with the worst joint loss on validation data is dropped (section 3.4).
 
@@ -45,12 +48,13 @@ from torch import Tensor, nn
 from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
 from edgekd.core.settings import Settings
-from edgekd.learn.losses import imitation, soft_kl, supervised
+from edgekd.learn.losses import check_shares, check_temperature, check_weights, imitation, precise, soft_kl, supervised
 from edgekd.learn.routes import Candidate, candidates, named
 from edgekd.learn.taps import Taps
 from edgekd.learn.teachers import columns, teacher
 
 MOMENTS = 0.1  # weight of mean and spread beside the standardised features
+NAMED = 4  # routes that may be named, however few `candidates` are
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Route(Settings):
 class KPN(Method):
     routes: tuple[Route, ...] = ()  # none: candidates are found
     keep: int = 1  # routes that are left in the end, and taught together
-    candidates: int = 4  # routes taught side by side at first, when they are found
+    candidates: int = 4  # routes taught side by side at first, each with a student; of named ones always up to 4
     receptive_tolerance: float = 0.2  # beta: receptive fields of a route's layers may differ by this share
     stage1: float = 0.4  # share of the budget
     search: float = 0.2  # share of the budget, within stage 1, over which routes are dropped
@@ -79,9 +83,7 @@ class KPN(Method):
     standardise: bool = False  # the logits, before they are softened
 
     def __post_init__(self) -> None:
-        for name in ("stage1", "search", "reentry", "logits"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}", hint="use a share between 0 and 1")
+        check_shares(stage1=self.stage1, search=self.search, reentry=self.reentry, logits=self.logits)
         if self.search > self.stage1:
             raise ConfigError(f"search ({self.search}) is longer than stage1 ({self.stage1})", hint="search within it")
         if not 0 <= self.start < 1:
@@ -89,6 +91,15 @@ class KPN(Method):
         for name in ("candidates", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}", hint="use 1 or more; 1 is the least")
+        if not self.receptive_tolerance >= 0:
+            raise ConfigError(f"receptive_tolerance is {self.receptive_tolerance}", hint="use a share of 0 or more")
+        check_weights(weight=self.weight, negative=self.negative, projection_decay=self.projection_decay)
+        check_temperature(self.temperature)
+        if len(self.routes) > (most := max(self.candidates, NAMED)):
+            raise ConfigError(
+                f"{len(self.routes)} routes are named, but at most {most} are taught side by side",
+                hint=f"name fewer, or set candidates to {len(self.routes)}: each is taught with a student of its own",
+            )
 
     def teach(self, lesson: Lesson) -> Script:
         first = next(lesson.sample(1)).x[:2]
@@ -180,10 +191,7 @@ class KPN(Method):
             gaps = torch.stack(
                 [self.gap(w.projection(features[w.route.teacher.path]), own[w.route.student.path]) for w in pupil.ways]
             ).sum()
-            return {
-                "task": task(learnt, answer, batch.y),
-                "project": self.weight * (1 - batch.progress) * gaps,
-            }
+            return {"task": task(learnt, answer, batch.y), "project": self.weight * (1 - batch.progress) * gaps}
 
         return Phase(
             "joint",
@@ -196,7 +204,7 @@ class KPN(Method):
 
     def gap(self, projected: Tensor, own: Tensor) -> Tensor:
         """L_KP of (N, C, H, W) features, standardised per channel, with a little for what that takes out."""
-        r, v = projected.float(), own.float()
+        r, v = precise(projected), precise(own)
         (level, spread), (own_level, own_spread) = moments(r), moments(v)
         relaxed = torch.where(r >= 0, 1.0, self.negative)
         form = (relaxed * ((r - level) / spread - (v - own_level) / own_spread).abs()).mean()
@@ -254,13 +262,12 @@ class Imitation:
             soft = soft_kl(learnt, answer[:, self.theirs], m.temperature, m.standardise)
             return (1 - share) * supervised(learnt, truth) + share * soft
         common = torch.isin(truth, torch.tensor(self.own, device=truth.device))
-        labels = supervised(learnt, truth) - share * common.sum() / len(truth) * supervised(
-            learnt, truth.where(common, -1)
-        )
+        part = share * common.sum() / len(truth)
+        labels = supervised(learnt, truth) - part * supervised(learnt, truth.where(common, -1))
         if not common.any():
             return labels
         soft = soft_kl(learnt[common][:, self.own], answer[common][:, self.theirs], m.temperature, m.standardise)
-        return labels + share * common.sum() / len(truth) * soft
+        return labels + part * soft
 
 
 def moments(feature: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
 from edgekd.learn.layers import Layer, layers
-from edgekd.learn.losses import imitation, supervised
+from edgekd.learn.losses import check_shares, check_temperature, check_weights, imitation, standardised, supervised
 from edgekd.learn.routes import Candidate
 from edgekd.learn.taps import Taps
 from edgekd.learn.teachers import answering, columns, teacher
@@ -56,16 +56,12 @@ class MultiTeacher(Method):
     structure: float = 1.0  # weight of the angles
     hints: float = 1.0  # weight of the hints
     weigh: float = 0.4  # share of the budget in which the weights of the teachers are learnt
+    standardise: bool = False  # everyone's logits, before they are softened
 
     def __post_init__(self) -> None:
-        for name in ("weight", "weigh"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}", hint="use a share between 0 and 1")
-        for name in ("structure", "hints"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}", hint="use 0 or more")
-        if self.temperature <= 0:
-            raise ConfigError(f"temperature is {self.temperature}", hint="use a number above 0; 5 is the paper's")
+        check_shares(weight=self.weight, weigh=self.weigh)
+        check_weights(structure=self.structure, hints=self.hints)
+        check_temperature(self.temperature, 5)
 
     def teach(self, lesson: Lesson) -> Script:
         teacher(lesson, 1)  # two at least
@@ -73,7 +69,7 @@ class MultiTeacher(Method):
         x = next(lesson.sample(1)).x[:2]
         last = last_map(lesson.student, x)
         routes = hinted(lesson, x) if self.hints else []
-        faculty = Faculty(lesson, voices, routes, self.temperature)
+        faculty = Faculty(lesson, voices, routes, self)
         taps = Taps(lesson.student, *{last.path, *(r.student.path for r in routes)})
         weighing = Weighing(last.channels, len(voices)).to(x.device)
         regressors = [nn.Conv2d(r.student.channels, r.teacher.channels, 1).to(x.device) for r in routes]
@@ -125,13 +121,16 @@ class MultiTeacher(Method):
             )
         return voices
 
+    def soften(self, logits: Tensor) -> Tensor:
+        return (standardised(logits) if self.standardise else logits) / self.temperature
+
     def heard(self, answer: Tensor, together: Tensor) -> dict[str, Tensor]:
         """What the teachers together say of the student's answer: of logits their probabilities, or of maps theirs."""
         if answer.ndim == 4:
             own = answer
             losses = {"answers": self.weight * imitation(own, together, self.temperature)}
         else:
-            log_p = (answer / self.temperature).log_softmax(1)
+            log_p = self.soften(answer).log_softmax(1)
             own, apart = log_p.exp(), F.kl_div(log_p, together, reduction="batchmean")
             losses = {"answers": self.weight * self.temperature**2 * apart}
         if self.structure:
@@ -156,8 +155,8 @@ class Weighing(nn.Module):
 class Faculty:
     """All teachers, each asked once for a batch: what those with a voice say, and everyone's hint."""
 
-    def __init__(self, lesson: Lesson, voices: list[int], routes: list[Candidate], temperature: float) -> None:
-        self.dense, self.temperature, self.voices = lesson.dense, temperature, voices
+    def __init__(self, lesson: Lesson, voices: list[int], routes: list[Candidate], method: MultiTeacher) -> None:
+        self.dense, self.method, self.voices = lesson.dense, method, voices
         self.paths = [route.teacher.path for route in routes]
         self.taps = [Taps(module, *self.paths[n : n + 1]) for n, module in enumerate(lesson.teachers)]
         self.columns = [[c for c in columns(lesson, n) if c is not None] for n in voices] if lesson.knows else []
@@ -169,9 +168,9 @@ class Faculty:
         answers = [made[n][0].float() for n in self.voices]
         if self.columns:
             answers = [answer[:, chosen] for answer, chosen in zip(answers, self.columns, strict=True)]
-        said = torch.stack(answers, 1)
+        said = torch.stack(answers if self.dense else [self.method.soften(answer) for answer in answers], 1)
         hints = [seen[path] for (_, seen), path in zip(made, self.paths, strict=False)]
-        return said if self.dense else (said / self.temperature).softmax(2), hints
+        return said if self.dense else said.softmax(2), hints
 
 
 def last_map(student: nn.Module, x: Tensor) -> Layer:

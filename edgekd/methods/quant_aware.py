@@ -27,7 +27,7 @@ import torch
 from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
 from edgekd.learn.fake_quant import Rounding
-from edgekd.learn.losses import imitation, supervised
+from edgekd.learn.losses import check_temperature, imitation, supervised
 from edgekd.learn.teachers import answering
 from edgekd.learn.trainer import right
 
@@ -43,6 +43,7 @@ class QuantAware(Method):
     start: float = 0.98  # where in the learning-rate schedule it begins: at a thousandth of the rate
     temperature: float = 4.0
     weight: float = 0.9  # of the teacher's answers; 0: labels only
+    standardise: bool = False  # the logits, before they are softened
 
     def __post_init__(self) -> None:
         for name in ("share", "start"):
@@ -50,6 +51,7 @@ class QuantAware(Method):
                 raise ConfigError(f"{name} is {getattr(self, name)}", hint="use a share between 0 and 1")
         if not 0 <= self.weight <= 1:
             raise ConfigError(f"weight is {self.weight}", hint="use a weight from 0 to 1")
+        check_temperature(self.temperature)
 
     @property
     def priced(self) -> bool:
@@ -73,7 +75,8 @@ class QuantAware(Method):
             for name, answer in answers.items():
                 losses[f"{name}:task"] = (1 - self.weight) * supervised(answer, batch.y)
                 if theirs is not None:
-                    losses[f"{name}:kd"] = self.weight * imitation(answer, theirs, self.temperature)
+                    copied = imitation(answer, theirs, self.temperature, self.standardise)
+                    losses[f"{name}:kd"] = self.weight * copied
                 if not torch.is_grad_enabled():  # no part of what is minimised
                     losses[f"{name}:{SHOWN}"] = torch.tensor(right(answer, batch.y), dtype=torch.float64)
             return losses

@@ -44,12 +44,12 @@ from torch import Tensor, nn
 from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
 from edgekd.learn.layers import Layer, layers
-from edgekd.learn.losses import imitation, supervised
+from edgekd.learn.losses import check_temperature, check_weights, imitation, labels_weight, supervised
 from edgekd.learn.pairs import Pair, named
 from edgekd.learn.routes import Candidate
 from edgekd.learn.sparse import SparseLayer
 from edgekd.learn.taps import Taps
-from edgekd.learn.teachers import answering, columns, teacher
+from edgekd.learn.teachers import answering, answers, teacher
 
 SHOWN = 128  # training images, at least, if there are as many, with which dictionaries begin
 
@@ -76,14 +76,15 @@ class SparseMatch(Method):
                 raise ConfigError(f"{name} is {getattr(self, name)}", hint="use a share between 0 and 1")
         if not 0 < self.rate <= 1:
             raise ConfigError(f"rate is {self.rate}", hint="use a share up to 1; 0.01 to 0.03 is usual")
-        if self.atoms <= 0:
+        if not 0 < self.atoms < float("inf"):
             raise ConfigError(f"atoms is {self.atoms}", hint="use a number above 0; 1.5 to 4 is usual")
         if self.taps < 1:
             raise ConfigError(f"taps is {self.taps}", hint="use 1 or more; 3 is usual")
-        if min(self.pixel, self.image) < 0 or self.pixel == self.image == 0:
-            raise ConfigError(
-                f"pixel is {self.pixel} and image is {self.image}", hint="use weights of 0 or more, not both 0"
-            )
+        check_weights(pixel=self.pixel, image=self.image)
+        if self.pixel == self.image == 0:
+            raise ConfigError("pixel and image are 0, so nothing is matched", hint="give one of them a weight")
+        check_temperature(self.temperature)
+        labels_weight(self.labels, self.weight)
 
     def teach(self, lesson: Lesson) -> Script:
         first = next(lesson.sample(1)).x[:2]
@@ -140,9 +141,9 @@ class SparseMatch(Method):
     def final(self, lesson: Lesson) -> Callable[[Batch], Losses]:
         """The loss of `kd`; of labels alone where the teacher does not know all classes."""
         student = lesson.student
-        if None in columns(lesson):
+        if not answers(lesson):
             return lambda batch: {"task": supervised(student(batch.x), batch.y)}
-        answer, labels = answering(lesson), 1 - self.weight if self.labels is None else self.labels
+        answer, labels = answering(lesson), labels_weight(self.labels, self.weight)
 
         def loss(batch: Batch) -> Losses:
             made = student(batch.x)
