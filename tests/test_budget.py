@@ -1,15 +1,26 @@
 """Latency budgets: what a network costs on a target, and which student ships there."""
 
-from dataclasses import replace
+import inspect
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from edgekd.core.artifact import File
+from edgekd.configuration import BuildConfig, StudentConfig, TeacherConfig
+from edgekd.core.artifact import File, Weights
+from edgekd.core.task import Arrays, Augment, Content, Source
 from edgekd.core.trial import BenchResult, Contestant, Interval, Measurement
+from edgekd.delivery import shipped
+from edgekd.learn.trainer import TrainConfig
+from edgekd.methods.depth_dynamic import DepthDynamic
+from edgekd.models.python import Python
+from edgekd.models.vgg import VGGModel
+from edgekd.pipeline import build
 from edgekd.stages.bench.assign import assigned
+from edgekd.stages.bench.benchmark import BenchConfig
 from edgekd.stages.export.export import ExportConfig
 from edgekd.stages.quantize.calibrate import CalibConfig, CalibrationSet, collect
 from edgekd.stages.quantize.quantize import QuantizeConfig
@@ -101,3 +112,98 @@ def test_int8_that_is_slower_beyond_doubt_does_not_ship(bench, fp16, ships):
     rows = (measured("large", p50_ms=1.0), measured("large", precision="fp16", p50_ms=0.9))
     both = tuple(replace(m, speedup=ratio) for m, ratio in zip(rows, (Interval(1.9, 2.0, 2.1), fp16), strict=True))
     assert assigned(replace(bench, measurements=both), None, ACCURACY).ships == ships
+
+
+# --- of a target, and of a whole build ---
+
+
+@pytest.mark.parametrize(("budget", "ships"), [(None, "large"), (3.0, "large"), (2.9, "middle"), (1.5, "small")])
+def test_a_targets_own_budget_and_the_accuracy_on_validation_data_choose(bench, budget, ships):
+    here = File.of(Path(__file__))
+    students = [Weights(here, n, "any", 1, a, 0.0) for n, a in {"small": 0.7, "middle": 0.8, "large": 0.9}.items()]
+    result = shipped(bench, Cpu(budget_ms=budget), students)
+    assert result.ships == f"{ships} int8" and not result.warnings
+
+
+@dataclass(frozen=True)
+class Stripes(Source):
+    """Upright stripes, level ones, and a chequerboard of 8x8 pixels: alike in every pixel and mean."""
+
+    @property
+    def augment(self):
+        return Augment(crop=1, flip=True)
+
+    def read(self, limit):
+        along = np.indices((8, 8)) % 2
+        kinds = np.stack([along[0], along[1], along.sum(0) % 2])
+
+        def some(count):
+            labels = np.arange(count) % 3
+            images = (kinds[labels] + np.arange(count)[:, None, None] // 3) % 2  # either colour first
+            return Arrays((255 * images[..., None]).astype(np.uint8), labels)
+
+        return Content(some(48), some(24), some(24), ("upright", "level", "both"))
+
+
+class Block(nn.Module):
+    """A residual block that costs as much as `inner` says, and sees `kernel` pixels at once."""
+
+    def __init__(self, inner, kernel):
+        super().__init__()
+        entering = nn.Conv2d(8, inner, kernel, padding="same", bias=False)
+        self.branch = nn.Sequential(
+            entering, nn.BatchNorm2d(inner), nn.ReLU(), nn.Conv2d(inner, 8, kernel, padding="same")
+        )
+
+    def forward(self, x):
+        return x + self.branch(x)
+
+
+class Graded(nn.Module):
+    """A user's network: its second block makes it a hundred times as dear, and lets it see more than single pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 1)
+        self.blocks = nn.ModuleList([Block(2, 1), Block(256, 3)])
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.relu().mean((2, 3)))
+
+
+def two_targets(roomy, tight):
+    method = DepthDynamic(subnets=1, teacher=0, logits=0, attention=0)
+    return BuildConfig(
+        "two",
+        Stripes(),
+        TeacherConfig(VGGModel((4,), (1,)), epochs=1),
+        StudentConfig(Python("graded:Graded"), method, epochs=8, train=TrainConfig(16, 0.05)),
+        (Cpu(threads=1, budget_ms=roomy), Cpu(threads=2, budget_ms=tight)),
+        calib=CalibConfig(images=8),
+        bench=BenchConfig(blocks=4, calls=20, warmup_s=0.0, sessions=1, metrics=("p50_ms",)),
+    )
+
+
+def test_every_target_gets_the_most_accurate_subnet_within_its_budget(tmp_path, monkeypatch):
+    """Budgets from what a first build measured decide beyond doubt in a second one, which measures nothing anew."""
+    code = "".join(map(inspect.getsource, (Block, Graded)))
+    (tmp_path / "graded.py").write_text(f"from torch import nn\n\n\n{code}")
+    monkeypatch.syspath_prepend(tmp_path)
+    first = build(two_targets(None, None), tmp_path / "out", tmp_path / "calib", "")
+    accuracy = {s.name: s.valid_accuracy for s in first.students}
+    assert accuracy["depth_dynamic"] > accuracy["depth_dynamic-depth-1"]
+    took = {m.contestant.name: m.readings["p50_ms"] for m in first.benches[1].measurements}
+    part, whole = (
+        [took[f"{name} {p}"] for p in ("fp32", "int8")] for name in ("depth_dynamic-depth-1", "depth_dynamic")
+    )
+    assert max(part) < min(whole), "the second block costs a hundred times as much"
+    tight = (max(part) + min(whole)) / 2
+    again = build(two_targets(1e6, tight), tmp_path / "out", tmp_path / "calib", "")
+    assert [bench.measurements for bench in again.benches] == [bench.measurements for bench in first.benches]
+    ships = [{bench.target: bench.ships.partition(" ")[0] for bench in made.benches} for made in (first, again)]
+    assert ships[0] == {"cpu-1t": "depth_dynamic", "cpu-2t": "depth_dynamic"}
+    assert ships[1] == {"cpu-1t": "depth_dynamic", "cpu-2t": "depth_dynamic-depth-1"}

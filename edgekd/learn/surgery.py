@@ -10,26 +10,28 @@ from torch import nn
 
 from edgekd.core.errors import ModelError
 
+CHAINS = (nn.Sequential, nn.ModuleList)  # what can be shortened; a list is run in a loop by its owner
+
 
 @dataclass(frozen=True)
 class Surgery:
     """Changes to a network in plain terms. Empty for most methods, which change weights only."""
 
-    lengths: dict[str, int] = field(default_factory=dict)  # of an nn.Sequential: children that are left
+    lengths: dict[str, int] = field(default_factory=dict)  # of one of CHAINS: children that are left
     channels: dict[str, tuple[int, int]] = field(default_factory=dict)  # of a layer: entering, leaving
 
 
 def difference(built: nn.Module, made: nn.Module) -> Surgery:
     """What has to be done to `built` so that the weights of `made` fit it.
 
-    Known are an nn.Sequential that is shorter, and Conv2d, BatchNorm2d and Linear with other channels.
+    Known are an nn.Sequential or nn.ModuleList that is shorter, and Conv2d, BatchNorm2d and Linear with other channels.
     Raises ModelError if more than that differs.
     """
     wanted = dict(made.named_modules())
     lengths = {
         path: len(wanted[path])
         for path, module in built.named_modules()
-        if isinstance(module, nn.Sequential) and len(module) > len(wanted.get(path, module))
+        if isinstance(module, CHAINS) and len(module) > len(wanted.get(path, module))
     }
     channels = {
         path: size
@@ -42,7 +44,7 @@ def difference(built: nn.Module, made: nn.Module) -> Surgery:
         odd = sorted(key for key in got.keys() | want.keys() if got.get(key) != want.get(key))
         raise ModelError(
             f"the taught network cannot be built again from its family: {', '.join(odd[:3])} differ",
-            hint="a method may shorten an nn.Sequential and change channels, nothing else",
+            hint="a method may shorten an nn.Sequential or nn.ModuleList and change channels, nothing else",
         )
     return surgery
 
@@ -52,7 +54,7 @@ def operated(network: nn.Module, surgery: Surgery) -> nn.Module:
     made = copy.deepcopy(network)
     for path, length in surgery.lengths.items():
         stage = made.get_submodule(path)
-        assert isinstance(stage, nn.Sequential)
+        assert isinstance(stage, CHAINS)
         del stage[length:]
     for path, (entering, leaving) in surgery.channels.items():
         parent, _, name = path.rpartition(".")

@@ -102,7 +102,7 @@ class DepthDynamic(Method):
         if not found:
             raise ConfigError(
                 f"{type(whole).__name__} has no blocks that can be skipped, so there are no sub-nets in it",
-                hint="use a student whose stages are nn.Sequential and end in residual blocks of one shape, "
+                hint="use a student whose stages are nn.Sequential or nn.ModuleList and end in residual blocks of one shape, "
                 "such as `resnet` of depth 14 or more",
             )
         full = tuple(stage.blocks for stage in found)
