@@ -102,8 +102,8 @@ class DepthDynamic(Method):
         if not found:
             raise ConfigError(
                 f"{type(whole).__name__} has no blocks that can be skipped, so there are no sub-nets in it",
-                hint="use a student whose stages are nn.Sequential or nn.ModuleList and end in residual blocks of one shape, "
-                "such as `resnet` of depth 14 or more",
+                hint="use a student whose stages are nn.Sequential or nn.ModuleList, and end in residual blocks of one "
+                "shape, such as `resnet` of depth 14 or more",
             )
         full = tuple(stage.blocks for stage in found)
         ranges = [range(stage.least, stage.blocks + 1) for stage in found]
