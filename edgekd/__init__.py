@@ -18,6 +18,6 @@ sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 # The threads of GNU OpenMP, which torch uses, wait for each other by spinning. Where another process wants their cores
 # they spin instead of working: training on two threads beside busy neighbours was ten times slower than with threads
-# that soon sleep (docs/measuring.md). libgomp reads this when it is loaded, so it is set before torch is.
+# that soon sleep (docs/results.md). libgomp reads this when it is loaded, so it is set before torch is.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
