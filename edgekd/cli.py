@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -226,4 +227,6 @@ def doctor(json_: Json = False) -> None:
 
 
 def main() -> NoReturn:
-    sys.exit(run(app))
+    code = run(app)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the command is done; only the interpreter has to end
+    sys.exit(code)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -22,6 +23,7 @@ Jetpack = Annotated[str | None, typer.Option(help="Of the device: 4.6, 5.1, 6.0,
 Smoke = Annotated[bool, typer.Option("--smoke", help="Shrink everything to seconds; the numbers mean nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]
 
+SOON_S = 0.05
 AGAIN = "the same command again goes on where this one stopped"
 
 
@@ -56,9 +58,29 @@ def stop(number: int, frame: object) -> NoReturn:
     raise Stopped
 
 
+def missed(lost: sys.UnraisableHookArgs) -> None:
+    """A destructor cannot be left by an exception: Python prints it and goes on. What was to end a command is raised
+    again when the destructor is done."""
+    if not isinstance(lost.exc_value, Stopped | KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
+        return
+    signal.signal(signal.SIGALRM, stop if isinstance(lost.exc_value, Stopped) else signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, SOON_S)
+
+
 def run(app: typer.Typer) -> int:
     """Its exit code, once what went wrong has been told."""
     signal.signal(signal.SIGTERM, stop)  # as the first process of a container it would be deaf to it otherwise
+    before, sys.unraisablehook = sys.unraisablehook, missed
+    try:
+        return told(app)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = before
+
+
+def told(app: typer.Typer) -> int:
+    """Runs a command; its exit code."""
     usage: Any = typer.BadParameter.__mro__[2]  # typer's ClickException, whichever package it comes from
     try:
         return int(app(standalone_mode=False) or 0)
