@@ -17,7 +17,7 @@ os.environ.update(TELEMETRY_OFF)
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 # The threads of GNU OpenMP, which torch uses, wait for each other by spinning. Where another process wants their cores
-# they spin instead of working: training on two threads beside busy neighbours was ten times slower than with threads
-# that soon sleep (docs/results.md). libgomp reads this when it is loaded, so it is set before torch is.
+# they spin instead of working: beside two busy processes training on two threads was 2.9 times slower than with threads
+# that soon sleep, which cost 4 % on an idle machine (docs/results.md). libgomp reads this when it is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
