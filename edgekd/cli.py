@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import signal
 import sys
@@ -12,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from edgekd import __version__, cli_files
-from edgekd.console import Jetpack, Json, Out, Recipe, Sets, Smoke, Targets, Visible, emit, leave, run, say
+from edgekd.console import STOPPED, Jetpack, Json, Out, Recipe, Sets, Smoke, Targets, Visible, emit, leave, run, say
 from edgekd.core.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -229,4 +230,8 @@ def doctor(json_: Json = False) -> None:
 def main() -> NoReturn:
     code = run(app)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the command is done; only the interpreter has to end
+    if code in STOPPED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # with torch in it the interpreter takes a second to end, five on a busy machine
     sys.exit(code)

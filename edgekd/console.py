@@ -24,6 +24,7 @@ Smoke = Annotated[bool, typer.Option("--smoke", help="Shrink everything to secon
 Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]
 
 SOON_S = 0.05
+STOPPED = (130, 143)  # exit codes after Ctrl-C and SIGTERM
 AGAIN = "the same command again goes on where this one stopped"
 
 

@@ -326,7 +326,7 @@ def test_what_a_method_chose_is_told_once_for_each_lesson(made, tmp_path):
     publish(told, tmp_path)
     _, _, text = (tmp_path / "compare.md").read_text().partition("## What was chosen\n\n")
     lines = text.partition("\n\n")[0].splitlines()
-    assert lines[0] == "- kpn, seed 0: a.1 &gt; b.1, of 3 routes" and len(lines) == 3
+    assert lines[0] == "- kpn, seed 0: a.1 &#62; b.1, of 3 routes" and len(lines) == 3
     assert lines[1].startswith("- steps, seed 0: steps wider, wider") and "all is in compare.json" in lines[1]
     assert len(lines[1]) < 260 and lines[2] == "- steps, seed 1: end good"
     kept = json.loads((tmp_path / "compare.json").read_text())["standings"]
