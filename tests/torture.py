@@ -171,7 +171,7 @@ def full(bench: Bench) -> Row:
             if done.returncode == 0:
                 continue  # so small a step that it fits into the last page
             row.tries += 1
-            if done.returncode != 1 or "disk is full" not in done.stderr or "Traceback" in done.stderr:
+            if done.returncode != 1 or "free some space" not in done.stderr or "Traceback" in done.stderr:
                 row.lost.append(f"not told in words: {last(done.stderr)}")
             kept = steps(disk / "run")
             subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
