@@ -72,9 +72,8 @@ def check_temperature(temperature: float, usual: int = 4) -> None:
 def labels_weight(labels: float | None, weight: float) -> float:
     """The weight of the labels' loss; if it is not set, what that of the answers leaves of 1.
 
-    Raises ConfigError if either is none that a loss can have.
+    Raises ConfigError if it is none that a loss can have.
     """
-    check_weights(weight=weight)
     found = 1 - weight if labels is None else labels
     if not 0 <= found < float("inf"):
         raise ConfigError(f"the labels' loss has weight {found:g}", hint="set `labels` to 0 or more")

@@ -12,7 +12,7 @@ from edgekd.core.errors import ConfigError
 from edgekd.core.method import Lesson, Losses, Method
 from edgekd.core.settings import Settings
 from edgekd.learn.layers import Layer, cuts, look, outputs, unique
-from edgekd.learn.losses import check_weights, imitation, supervised
+from edgekd.learn.losses import check_temperature, check_weights, imitation, labels_weight, supervised
 from edgekd.learn.routes import Candidate
 from edgekd.learn.taps import Taps
 from edgekd.learn.teachers import columns, teacher
@@ -125,14 +125,8 @@ class FeatureMethod(Method):
 
     def __post_init__(self) -> None:
         check_weights(logits=self.logits)
-        if self.supervision < 0:
-            raise ConfigError(f"the labels' loss has weight {self.supervision:g}", hint="set `labels` to 0 or more")
-        if self.temperature <= 0:
-            raise ConfigError(f"temperature is {self.temperature:g}", hint="use a number above 0; 4 is usual")
-
-    @property
-    def supervision(self) -> float:
-        return 1 - self.logits if self.labels is None else self.labels
+        check_temperature(self.temperature)
+        labels_weight(self.labels, self.logits)
 
     def task(self, lesson: Lesson) -> Callable[[Tensor, Tensor, Tensor], Losses]:
         """The losses of a student's answer, given the teacher's answer and the truth.
@@ -146,8 +140,10 @@ class FeatureMethod(Method):
                 hint="set logits to 0: features alone teach across tasks",
             )
 
+        labels = labels_weight(self.labels, self.logits)
+
         def losses(answer: Tensor, theirs: Tensor, truth: Tensor) -> Losses:
-            task = {"task": self.supervision * supervised(answer, truth)}
+            task = {"task": labels * supervised(answer, truth)}
             if not self.logits:
                 return task
             copied = theirs[:, known] if lesson.knows else theirs

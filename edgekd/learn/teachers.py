@@ -47,8 +47,8 @@ def answering(lesson: Lesson, number: int = 0) -> Callable[[Tensor], Tensor]:
     return answer
 
 
-def answers(lesson: Lesson) -> bool:
-    """Whether the teacher's answers can be copied; if not, as it does not know all classes, the report is told."""
+def answers_all(lesson: Lesson) -> bool:
+    """Whether the teacher answers for all classes, and so can be copied; if not, the report is told."""
     chosen = columns(lesson)
     if None in chosen:
         known = len(chosen) - chosen.count(None)

@@ -193,12 +193,14 @@ def finite(gradients: Iterable[Tensor | None]) -> bool:
 
 def diverged(names: list[str], losses: Losses, when: str, gradient: bool) -> TrainingError:
     """The end of a lesson, with all losses that are to blame; none is where only their sum is not finite."""
-    many = "s" * (len(names) > 1)
-    what = f"loss{'e' * len(many)}{many} {', '.join(f'`{name}`' for name in names)}" if names else "the sum of losses"
-    what = f"the gradient{many} of {what}" if gradient else what
+    quoted = ", ".join(f"`{name}`" for name in names)
+    plural = len(names) > 1
+    what = f"losses {quoted}" if plural else f"loss {quoted}" if names else "the sum of losses"
+    if gradient:
+        what = f"the {'gradients' if plural else 'gradient'} of {what}"
     told = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
     return TrainingError(
-        f"{what} {'are' if many else 'is'} not finite in {when} ({told})", hint=STEEP if gradient else CALMER
+        f"{what} {'are' if plural else 'is'} not finite in {when} ({told})", hint=STEEP if gradient else CALMER
     )
 
 

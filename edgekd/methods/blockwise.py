@@ -45,7 +45,7 @@ from edgekd.learn.routes import Candidate, named
 from edgekd.learn.subnets import stages
 from edgekd.learn.surgery import Surgery, operated
 from edgekd.learn.taps import Taps
-from edgekd.learn.teachers import answers, columns, teacher
+from edgekd.learn.teachers import answers_all, columns, teacher
 
 Path: TypeAlias = tuple[int, ...]  # for each block how many repeats fewer its candidate has
 TaskLoss: TypeAlias = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
@@ -106,7 +106,7 @@ class Blockwise(Method):
 
     def task(self, lesson: Lesson) -> TaskLoss:
         """What labels and the teacher's answers say of an answer; labels alone, if it does not know all classes."""
-        known, copying = [column for column in columns(lesson) if column is not None], answers(lesson)
+        known, copying = [column for column in columns(lesson) if column is not None], answers_all(lesson)
 
         def loss(answer: Tensor, theirs: Tensor, y: Tensor) -> dict[str, Tensor]:
             told = supervised(answer, y)

@@ -39,7 +39,7 @@ from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Outcome, Phase, Script
 from edgekd.learn.losses import check_shares, check_temperature, imitation, supervised
 from edgekd.learn.macs import macs
-from edgekd.learn.teachers import answering, answers
+from edgekd.learn.teachers import answering, answers_all
 from edgekd.learn.trainer import right
 from edgekd.learn.widths import Group, groups, grown, merged, named, planted
 
@@ -159,7 +159,7 @@ class Garden:
     def __init__(self, lesson: Lesson, method: ChannelPlanting) -> None:
         self.lesson, self.method = lesson, method
         self.x = next(lesson.sample(1)).x[:2]
-        self.teacher = answering(lesson) if answers(lesson) else None
+        self.teacher = answering(lesson) if answers_all(lesson) else None
         found = groups(lesson.student, self.x)
         able = [group for group in found if not group.fixed]
         self.groups = list(dict.fromkeys(named(found, layer) for layer in method.layers)) or able
@@ -212,13 +212,13 @@ class Garden:
         channels, room = group.channels(network), self.room(now)
         count = min(channels, room // (macs(grown(network, group, 1), self.x[:1]) - now))
         while count > 0:
-            made = self.planted(network, group, count, now)
+            made = self.sown(network, group, count, now)
             if made.macs - now <= room:
                 return made
             count -= 1  # a layer that gives and takes the same channels costs their square
         return None
 
-    def planted(self, network: nn.Module, group: Group, count: int, now: int) -> Seed:
+    def sown(self, network: nn.Module, group: Group, count: int, now: int) -> Seed:
         made, channels = grown(network, group, count), group.channels(network)
         total = macs(made, self.x[:1])
         return Seed(group, made, (channels, channels + count), total, total - now)
@@ -245,7 +245,7 @@ class Garden:
                     return seed, ms
                 self.too_slow.append({"step": step, "layer": seed.group.name, "channels": [*seed.channels], "ms": ms})
             now = macs(network, self.x[:1])
-            ranked = [self.planted(network, s.group, s.count // 2, now) for s in ranked if s.count > 1]
+            ranked = [self.sown(network, s.group, s.count // 2, now) for s in ranked if s.count > 1]
         return None, None
 
     def phase(self, name: str, seeds: dict[str, Seed], epochs: int) -> Phase:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
-from edgekd.learn.losses import check_temperature, check_weights, imitation, precise, supervised
+from edgekd.learn.losses import check_shares, check_temperature, check_weights, imitation, precise, supervised
 from edgekd.learn.norms import reestimate
 from edgekd.learn.subnets import Depth, Stage, spread, stages, subnet
 from edgekd.learn.taps import Taps
@@ -64,8 +64,8 @@ class DepthDynamic(Method):
         check_temperature(self.temperature, 3)
         if len(set(self.depths)) < len(self.depths):
             raise ConfigError("depths has a sub-net twice", hint="keep one")
-        if self.teacher is not None and not 0 <= self.teacher <= 1:
-            raise ConfigError(f"teacher is {self.teacher}", hint="use a share between 0 and 1")
+        if self.teacher is not None:
+            check_shares(teacher=self.teacher)
 
     def teach(self, lesson: Lesson) -> Script:
         whole, first = lesson.student, next(lesson.sample(1)).x[:2]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
-from edgekd.learn.losses import check_temperature, imitation, labels_weight, supervised
+from edgekd.learn.losses import check_temperature, check_weights, imitation, labels_weight, supervised
 from edgekd.learn.teachers import answering
 
 
@@ -23,6 +23,7 @@ class KD(Method):
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
+        check_weights(weight=self.weight)
         labels_weight(self.labels, self.weight)
 
     def teach(self, lesson: Lesson) -> Script:

@@ -27,7 +27,7 @@ import torch
 from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
 from edgekd.learn.fake_quant import Rounding
-from edgekd.learn.losses import check_temperature, imitation, supervised
+from edgekd.learn.losses import check_shares, check_temperature, imitation, supervised
 from edgekd.learn.teachers import answering
 from edgekd.learn.trainer import right
 
@@ -49,8 +49,7 @@ class QuantAware(Method):
         for name in ("share", "start"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}", hint="use a share between 0 and 1")
-        if not 0 <= self.weight <= 1:
-            raise ConfigError(f"weight is {self.weight}", hint="use a weight from 0 to 1")
+        check_shares(weight=self.weight)
         check_temperature(self.temperature)
 
     @property

@@ -49,7 +49,7 @@ from edgekd.learn.pairs import Pair, named
 from edgekd.learn.routes import Candidate
 from edgekd.learn.sparse import SparseLayer
 from edgekd.learn.taps import Taps
-from edgekd.learn.teachers import answering, answers, teacher
+from edgekd.learn.teachers import answering, answers_all, teacher
 
 SHOWN = 128  # training images, at least, if there are as many, with which dictionaries begin
 
@@ -80,7 +80,7 @@ class SparseMatch(Method):
             raise ConfigError(f"atoms is {self.atoms}", hint="use a number above 0; 1.5 to 4 is usual")
         if self.taps < 1:
             raise ConfigError(f"taps is {self.taps}", hint="use 1 or more; 3 is usual")
-        check_weights(pixel=self.pixel, image=self.image)
+        check_weights(pixel=self.pixel, image=self.image, weight=self.weight)
         if self.pixel == self.image == 0:
             raise ConfigError("pixel and image are 0, so nothing is matched", hint="give one of them a weight")
         check_temperature(self.temperature)
@@ -141,7 +141,7 @@ class SparseMatch(Method):
     def final(self, lesson: Lesson) -> Callable[[Batch], Losses]:
         """The loss of `kd`; of labels alone where the teacher does not know all classes."""
         student = lesson.student
-        if not answers(lesson):
+        if not answers_all(lesson):
             return lambda batch: {"task": supervised(student(batch.x), batch.y)}
         answer, labels = answering(lesson), labels_weight(self.labels, self.weight)
 
