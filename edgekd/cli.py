@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -231,7 +232,8 @@ def main() -> NoReturn:
     code = run(app)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the command is done; only the interpreter has to end
     if code in STOPPED:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):  # who listened may have been stopped, too
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)  # with torch in it the interpreter takes a second to end, five on a busy machine
     sys.exit(code)
