@@ -2,6 +2,9 @@
 
 import os
 import signal
+from collections.abc import Iterator
+
+import pytest
 
 # Tests side by side share the cores; before torch is loaded, and for every program that they start.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
@@ -14,3 +17,13 @@ assert edgekd.TELEMETRY_OFF
 # A shell that starts the tests in its background has them ignore Ctrl-C, and every program that they start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+SIGTERM_AT_START = signal.getsignal(signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def heeded() -> Iterator[None]:
+    """A command that ended ignores SIGTERM; programs that are started after it, from here, would inherit it."""
+    signal.signal(signal.SIGTERM, SIGTERM_AT_START)
+    yield
+    signal.signal(signal.SIGTERM, SIGTERM_AT_START)
