@@ -47,6 +47,15 @@ def test_the_gap_does_not_shrink_with_the_features():
         assert KPN().gap(scale * r, scale * v).item() == pytest.approx(KPN().gap(r, v).item(), rel=5e-3)
 
 
+def test_a_dead_channel_does_not_outweigh_the_others():
+    r, v = torch.randn(8, 4, 5, 5), torch.randn(8, 4, 5, 5)
+    alive = KPN().gap(r, v).item()
+    dead = r.clone()
+    dead[:, 0] = 3.0
+    # that channel: |v| standardised; (|3 - 0| + |spread - 1|) over a hundredth of the mean spread of four, three alive
+    assert KPN().gap(dead, v).item() == pytest.approx(alive + 0.1 * (3 + 1) / (0.01 * 3 / 4) / 4, rel=0.2)
+
+
 def test_the_gap_has_true_gradients():
     r, v = (torch.randn(3, 2, 2, 2, generator=torch.Generator().manual_seed(seed)).double() for seed in (0, 1))
     assert torch.autograd.gradcheck(KPN().gap, (r.requires_grad_(), v.requires_grad_()))

@@ -18,7 +18,8 @@ Deviations from the paper, and why:
 - The mask of eq. 9 has the teacher's channels where a tensor of the student's is multiplied; the sign of r is used.
 - r and v are standardised per channel before they are compared; mean and spread count apart, a little. Where the
   student cannot foresee r, the plain L1 is smallest for a constant v: its BatchNorm gains vanish, and stage 2 starts
-  from a student that hardly learns (measured: docs/results.md).
+  from a student that hardly learns (measured: docs/results.md). Channels of r with next to no spread are divided by a
+  hundredth of the mean spread.
 - In stage 1 the front part has no other loss, so lambda would only scale its steps, which are far too small with a
   mean over elements. There L_KP is summed over channels. Everywhere else, and when routes are compared, it is a mean.
 - The route search lies within stage 1. On validation data L_p is that of the student itself, nothing injected: a route
@@ -54,6 +55,7 @@ from edgekd.learn.taps import Taps
 from edgekd.learn.teachers import columns, teacher
 
 MOMENTS = 0.1  # weight of mean and spread beside the standardised features
+DEAD = 0.01  # of the mean spread of the projected channels: the least by which one is divided
 NAMED = 4  # routes that may be named, however few `candidates` are
 
 
@@ -206,6 +208,7 @@ class KPN(Method):
         """L_KP of (N, C, H, W) features, standardised per channel, with a little for what that takes out."""
         r, v = precise(projected), precise(own)
         (level, spread), (own_level, own_spread) = moments(r), moments(v)
+        spread = torch.maximum(spread, DEAD * spread.mean().detach())  # else one constant channel outweighs all others
         relaxed = torch.where(r >= 0, 1.0, self.negative)
         form = (relaxed * ((r - level) / spread - (v - own_level) / own_spread).abs()).mean()
         size = (((level - own_level).abs() + (spread - own_spread).abs()) / spread).mean()
