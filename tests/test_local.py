@@ -24,7 +24,7 @@ from tests.standins import bundles
 
 ROOT = Path(__file__).parent.parent
 DEVICE = Path(bundles.__file__).parent / "device"
-BUILD = ("build", "digits", "--smoke", "--target", "tensorrt", "--out", "out", "--json")
+BUILD = ("build", "digits", "--smoke", "-t", "tensorrt", "-s", "student.baselines=[]", "-o", "out", "--json")
 
 
 @pytest.fixture

@@ -185,6 +185,7 @@ def test_list_and_doctor_speak_to_machines_too(tmp_path):
 @pytest.mark.slow
 def test_gates_decide_the_exit_code(tmp_path):
     small = ["--set", "images_per_class=60", "--set", "teacher.epochs=2", "--set", "student.epochs=2"]
+    small += ["--set", "student.method={use: kd}", "--set", "student.baselines=[]"]
     quick = ["--set", "bench.blocks=4", "--set", "bench.metrics=[top1, agreement, p50_ms]", "--set", "calib.images=16"]
     gates = {
         0: "[{measure: macs, at_most: 1e12}]",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+from dataclasses import replace
 
 import pytest
 
@@ -14,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> torture.Bench:
-    return torture.Bench.at(tmp_path_factory.mktemp("torture") / "builds")
+    return torture.Bench.at(tmp_path_factory.mktemp("torture") / "builds", "--set", "student.baselines=[]")
 
 
 def test_nothing_is_lost_by_kills(bench: torture.Bench) -> None:
@@ -35,7 +36,7 @@ def test_a_clock_that_is_set_back_changes_nothing(bench: torture.Bench) -> None:
 def test_a_fault_that_loses_something_is_seen(bench: torture.Bench) -> None:
     """The test of the tests: students that learn otherwise are not the same."""
     row, out = torture.Row("none"), bench.home / "other"
-    assert not torture.build(out, "--set", "student.train.lr=0.05").returncode
-    bench = torture.Bench(bench.home, torture.hashes(out), bench.seconds)
+    assert not bench.build(out, "--set", "student.train.lr=0.05").returncode
+    bench = replace(bench, hashes=torture.hashes(out))
     bench.again(row, bench.home / "whole")
     assert row.lost == ["the next build made other files"]

@@ -48,48 +48,46 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where builds are broken; `whole` is one that nothing happened to."""
+    """Where builds are broken; `whole` is one that nothing happened to. `words` are further ones of every command."""
 
     home: Path
-    hashes: dict[str, object]
-    seconds: float
+    words: tuple[str, ...] = ()
+    hashes: dict[str, object] = field(default_factory=dict)
+    seconds: float = 0.0
 
     @classmethod
-    def at(cls, home: Path) -> Bench:
+    def at(cls, home: Path, *words: str) -> Bench:
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir(parents=True)
-        started = time.monotonic()
-        done = build(home / "whole")
+        begun = time.monotonic()
+        done = cls(home, words).build(home / "whole")
         assert done.returncode == 0, done.stderr
-        return cls(home, hashes(home / "whole"), time.monotonic() - started)
+        return cls(home, words, hashes(home / "whole"), time.monotonic() - begun)
+
+    def command(self, out: Path) -> list[str]:
+        words = ["build", "digits", "--smoke", "--out", str(out), "--calib-root", str(out / "calib_data"), *self.words]
+        return [sys.executable, "-m", "edgekd", *words]
+
+    def build(self, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*self.command(out), *more], capture_output=True, text=True, check=False)
+
+    def started(self, out: Path) -> subprocess.Popen[str]:
+        """In a process group of its own, as a container is one."""
+        return subprocess.Popen(
+            self.command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
 
     def again(self, row: Row, out: Path, kept: dict[str, int] | None = None) -> None:
         """The same command once more, without the fault."""
-        started = time.monotonic()
-        done = build(out)
-        row.recovery_s.append(time.monotonic() - started)
+        begun = time.monotonic()
+        done = self.build(out)
+        row.recovery_s.append(time.monotonic() - begun)
         if done.returncode:
             row.lost.append(f"the next build failed: {last(done.stderr)}")
         elif hashes(out) != self.hashes:
             row.lost.append("the next build made other files")
         elif kept is not None and kept != {name: steps(out).get(name) for name in kept}:
             row.lost.append("finished steps were made again")
-
-
-def command(out: Path, *more: str) -> list[str]:
-    words = ["build", "digits", "--smoke", "--out", str(out), "--calib-root", str(out / "calib_data"), *more]
-    return [sys.executable, "-m", "edgekd", *words]
-
-
-def build(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(out, *more), capture_output=True, text=True, check=False)
-
-
-def started(out: Path) -> subprocess.Popen[str]:
-    """In a process group of its own, as a container is one."""
-    return subprocess.Popen(
-        command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
 
 
 def hashes(out: Path) -> dict[str, object]:
@@ -123,7 +121,7 @@ def killed(bench: Bench, times: int, chance: random.Random) -> Row:
     """Every other time the command alone, as an out-of-memory killer does, and its children are left."""
     row = Row("`kill -9` at a random moment")
     for number in range(times):
-        out, child = bench.home / "killed", started(bench.home / "killed")
+        out, child = bench.home / "killed", bench.started(bench.home / "killed")
         time.sleep(chance.uniform(0.1, bench.seconds))
         (os.killpg if number % 2 else os.kill)(child.pid, signal.SIGKILL)
         child.communicate()
@@ -139,7 +137,7 @@ def killed(bench: Bench, times: int, chance: random.Random) -> Row:
 def stopped(bench: Bench, times: int, chance: random.Random, number: signal.Signals) -> Row:
     row, waited = Row(f"{number.name} at a random moment"), []
     for _ in range(times):
-        out, child = bench.home / "stopped", started(bench.home / "stopped")
+        out, child = bench.home / "stopped", bench.started(bench.home / "stopped")
         time.sleep(chance.uniform(0.5, 0.9 * bench.seconds))
         asked = time.monotonic()
         child.send_signal(number)
@@ -167,7 +165,7 @@ def full(bench: Bench) -> Row:
     rooms = [sum(sizes[:i]) + size // 2 for i, size in enumerate(sizes)] + [sum(sizes) + 50_000]
     for room in rooms:
         with mounted(bench.home / "disk", f"size={max(room, 16_384)}") as disk:
-            done = build(disk / "run")
+            done = bench.build(disk / "run")
             if done.returncode == 0:
                 continue  # so small a step that it fits into the last page
             row.tries += 1
@@ -184,9 +182,9 @@ def read_only(bench: Bench) -> Row:
     with mounted(bench.home / "disk", "size=1g") as disk:
         for before in (False, True):
             if before:
-                build(disk / "run")
+                bench.build(disk / "run")
             subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-            done = build(disk / "run", *(["--set", "student.epochs=3"] if before else []))
+            done = bench.build(disk / "run", *(["--set", "student.epochs=3"] if before else []))
             row.tries += 1
             if done.returncode != 1 or "Traceback" in done.stderr or "read-only" not in done.stderr.lower():
                 row.lost.append(f"not told in words: {last(done.stderr)}")
@@ -209,12 +207,12 @@ def together(bench: Bench) -> Row:
     """Into one folder: the second is told. Into two, with one folder of calibration sets: both end well."""
     row = Row("two builds at once")
     out = bench.home / "together"
-    first = started(out)
+    first = bench.started(out)
     until = time.monotonic() + 60
     while not (out / "steps" / "lock").exists() and time.monotonic() < until:
         time.sleep(0.05)
     time.sleep(0.2)
-    second = build(out)
+    second = bench.build(out)
     if second.returncode == 0 or "in use by a running build" not in second.stderr:
         row.lost.append(f"the second was not told: {last(second.stderr)}")
     if first.wait():
@@ -223,7 +221,7 @@ def together(bench: Bench) -> Row:
     bench.again(row, out, steps(out))
     shared = ["--calib-root", str(bench.home / "calib")]
     outs = [bench.home / "one", bench.home / "two"]
-    both = [subprocess.Popen([*command(o), *shared], stderr=subprocess.PIPE, text=True) for o in outs]
+    both = [subprocess.Popen([*bench.command(o), *shared], stderr=subprocess.PIPE, text=True) for o in outs]
     for out, child in zip(outs, both, strict=True):
         told = child.communicate()[1]
         if child.returncode or hashes(out) != bench.hashes:
@@ -241,7 +239,7 @@ def earlier(bench: Bench, chance: random.Random) -> Row:
         if wait_s is None:
             shutil.copytree(bench.home / "whole", out)
         else:
-            child = started(out)
+            child = bench.started(out)
             time.sleep(wait_s)
             os.killpg(child.pid, signal.SIGKILL)
             child.communicate()
@@ -270,7 +268,7 @@ def older(bench: Bench) -> Row:
         out = bench.home / "older"
         shutil.copytree(bench.home / "whole", out)
         spoil(out)
-        done = build(out)
+        done = bench.build(out)
         row.tries += 1
         if done.returncode not in (0, 1) or "Traceback" in done.stderr:
             row.lost.append(f"{what}: {last(done.stderr)}")
