@@ -162,13 +162,13 @@ def test_a_call_of_the_model_only_spares_openvino_the_copies(tmp_path: Path) -> 
     """A network that does nothing on 8 MB: the plain call copies them in and out."""
     identity(tmp_path / "a.onnx", 2_000_000)
     np.save(tmp_path / "inputs.npy", np.ones((4, 2_000_000), np.float32))
-    medians = {}
+    least = {}  # of two runs: neighbours may be busy in one of them
     for scope in ("copies", "model"):
         code, _ = asked(tmp_path, "bench", tmp_path / scope, files=["a.onnx"], runtime="openvino", scope=scope)
         assert code == 0
         with np.load(tmp_path / scope / "samples.npz") as samples:
-            medians[scope] = np.median(samples["ns"])
-    assert medians["model"] < 0.7 * medians["copies"]
+            least[scope] = samples["ns"].min()
+    assert least["model"] < 0.7 * least["copies"]
 
 
 def from_source(name: str) -> Any:

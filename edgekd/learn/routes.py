@@ -77,3 +77,11 @@ def named(teacher: nn.Module, student: nn.Module, theirs: str, own: str, x: Tens
             hint="choose a layer that everything passes through, such as the end of a block",
         )
     return found
+
+
+def check_partners(chosen: list[Candidate], keep: int) -> None:
+    """Raises ConfigError where routes that may be taught together end in one layer: only one feature can go there."""
+    layers = [route.student.path for route in chosen]
+    twice = next((path for path in layers if layers.count(path) > 1), None)
+    if keep > 1 and twice:
+        raise ConfigError(f"two routes end in `{twice}` of the student", hint="set keep to 1, or name other layers")

@@ -50,7 +50,7 @@ from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
 from edgekd.core.settings import Settings
 from edgekd.learn.losses import check_shares, check_temperature, check_weights, imitation, precise, soft_kl, supervised
-from edgekd.learn.routes import Candidate, candidates, named
+from edgekd.learn.routes import Candidate, candidates, check_partners, named
 from edgekd.learn.taps import Taps
 from edgekd.learn.teachers import columns, teacher
 
@@ -277,14 +277,6 @@ def moments(feature: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel, (1, C, 1, 1)."""
     over = (0, 2, 3)
     return feature.mean(over, keepdim=True), feature.std(over, keepdim=True) + 1e-5
-
-
-def check_partners(chosen: list[Candidate], keep: int) -> None:
-    """Raises ConfigError where routes that may be taught together end in one layer: only one feature can go there."""
-    layers = [route.student.path for route in chosen]
-    twice = next((path for path in layers if layers.count(path) > 1), None)
-    if keep > 1 and twice:
-        raise ConfigError(f"two routes end in `{twice}` of the student", hint="set keep to 1, or name other layers")
 
 
 def told(route: Candidate, losses: list[float], dropped: int | None) -> dict[str, object]:
