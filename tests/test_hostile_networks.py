@@ -71,6 +71,11 @@ def computing(*shape):
     return network(nodes, outputs=[value("y", None)], tensors=[size])
 
 
+def says(name, *shape):
+    """What the file says of a tensor in between, which ONNX's shape inference believes."""
+    return changed(lambda m: m.graph.value_info.append(value(name, shape)))
+
+
 def sparse():
     model = network()
     values = numpy_helper.from_array(np.ones(1, np.float32), "huge")
@@ -114,6 +119,9 @@ NETWORKS = {
         lambda: changed(lambda m: m.graph.input[0].CopyFrom(value("x", [1, 3, 1 << 20, 1 << 20]))),
         "of the shape",
     ),
+    "a row of 2 ** 31 sizes": (lambda: says("b", 1 << 31), "has the tensor 'b' of the shape (2147483648)"),
+    "a row of 2 ** 23 sizes": (lambda: says("b", 1 << 23), "has the tensor 'b' of the shape (8388608)"),
+    "a row of 2 ** 29 computed": (lambda: computing(1 << 29), "has the tensor 'big' of the shape (536870912)"),
     # order
     "a circle": (lambda: changed(circle), "Nodes in a graph must be topologically sorted"),
     "a node that reads nothing": (

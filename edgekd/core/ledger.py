@@ -33,7 +33,7 @@ P = ParamSpec("P")
 NOUNS = {  # modules that decide nothing about what a step makes
     f"edgekd.core.{name}"
     for name in (
-        *("artifact", "config", "errors", "files", "foreign", "ledger", "model", "onnx_guard", "places"),
+        *("artifact", "config", "errors", "files", "foreign", "ledger", "model", "onnx_guard", "onnx_parts", "places"),
         *("plain", "plugins", "progress", "record", "settings", "target", "text", "trial"),
     )
 }

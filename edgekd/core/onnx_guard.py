@@ -6,13 +6,13 @@ computes is not bounded: a loop may run for ever. Whoever runs networks of stran
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekd.core.errors import ModelError
 from edgekd.core.foreign import foreign
+from edgekd.core.onnx_parts import graphs, inside, sparse_shapes, tensors
 from edgekd.core.places import leads_out
 from edgekd.core.text import unseen
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 1 << 31  # of a network: what protobuf holds in one message
 MOST_NUMBERS = 1 << 29  # of a tensor: 2 GiB in float32
+MOST_IN_A_ROW = 1 << 22  # of a tensor of one dimension: as they may be sizes, ONNX's shape inference keeps each of them
 MOST_NODES = 100_000  # functions counted as often as they are called
 DEEPEST = 50  # functions that call functions
 BITS = {
@@ -57,6 +58,7 @@ def opened(path: Path) -> onnx.ModelProto:
     model = parsed(path)
     check_names(model, path)
     check_numbers(model, path)
+    check_sizes(model, path)
     check_functions(model, path)
     with foreign(f"`{path}` is not valid ONNX", "export it anew", ModelError):
         try:
@@ -105,20 +107,6 @@ def too_large(path: Path, what: str) -> ModelError:
     return ModelError(f"`{path}` {what}: more than edgekd takes", hint="give a network for one image on a small device")
 
 
-def graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
-    """The graph, those inside of its nodes, and the functions with theirs."""
-    waiting: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
-    while waiting:
-        graph = waiting.pop()
-        yield graph
-        waiting += [inner for node in graph.node for inner in inside(node)]
-
-
-def inside(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    for attribute in node.attribute:
-        yield from (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs
-
-
 def check_names(model: onnx.ModelProto, path: Path) -> None:
     """No name gives orders to a terminal, or begins a line of its own in a log."""
     for graph in graphs(model):
@@ -141,24 +129,6 @@ def shown(name: str) -> str:
     return ascii(name if len(name) <= 80 else f"{name[:80]}...")
 
 
-def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """All that hold numbers, wherever they are."""
-    for graph in graphs(model):
-        if hasattr(graph, "initializer"):
-            yield from graph.initializer
-            for sparse in graph.sparse_initializer:
-                yield from (sparse.values, sparse.indices)
-        for attribute in (attribute for node in graph.node for attribute in node.attribute):
-            yield from (*attribute.tensors, attribute.t) if attribute.HasField("t") else attribute.tensors
-            for sparse in sparse_in(attribute):
-                yield from (sparse.values, sparse.indices)
-
-
-def sparse_in(attribute: onnx.AttributeProto) -> Iterator[onnx.SparseTensorProto]:
-    more = attribute.sparse_tensors
-    yield from (*more, attribute.sparse_tensor) if attribute.HasField("sparse_tensor") else more
-
-
 def check_numbers(model: onnx.ModelProto, path: Path) -> None:
     """Every tensor has as many numbers as its shape says, and all together are what a device may hold."""
     total = sum(check_tensor(tensor, path) for tensor in tensors(model))
@@ -169,12 +139,15 @@ def check_numbers(model: onnx.ModelProto, path: Path) -> None:
         raise too_large(path, f"has {total / 2**30:.1f} GiB of numbers")
 
 
-def sparse_shapes(model: onnx.ModelProto) -> Iterator[list[int]]:
-    """Of those tensors that a runtime fills up with zeros."""
+def check_sizes(model: onnx.ModelProto, path: Path) -> None:
+    """No value is known to be larger than a device may hold; sizes that are left open count as 1."""
     for graph in graphs(model):
-        yield from (list(sparse.dims) for sparse in getattr(graph, "sparse_initializer", ()))
-        for attribute in (attribute for node in graph.node for attribute in node.attribute):
-            yield from (list(sparse.dims) for sparse in sparse_in(attribute))
+        ends = (*graph.input, *graph.output) if hasattr(graph, "initializer") else ()  # those of functions are names
+        for value in (*ends, *getattr(graph, "value_info", ())):
+            dims = [max(dim.dim_value, 1) for dim in value.type.tensor_type.shape.dim]
+            if not counted(dims) or (len(dims) == 1 and dims[0] > MOST_IN_A_ROW):
+                sizes = ", ".join(map(str, dims[:8]))
+                raise too_large(path, f"has the tensor {shown(value.name)} of the shape ({sizes})")
 
 
 def counted(dims: list[int]) -> bool:
