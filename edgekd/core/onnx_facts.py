@@ -200,8 +200,8 @@ def shapes(model: onnx.ModelProto, spec: TensorSpec, path: Path) -> dict[str, tu
         del fixed.graph.value_info[:]  # they say `batch`
         for output in fixed.graph.output:
             output.type.tensor_type.ClearField("shape")
-    onnx_guard.check_sizes(onnx.shape_inference.infer_shapes(fixed), path)  # before each number of a row is kept
     with foreign(f"the shapes in `{path}` contradict each other", "export it anew", ModelError):
+        onnx_guard.check_sizes(onnx.shape_inference.infer_shapes(fixed), path)  # before each number of a row is kept
         fixed = onnx.shape_inference.infer_shapes(fixed, strict_mode=True, data_prop=True)
     onnx_guard.check_sizes(fixed, path)
     graph = fixed.graph
