@@ -327,7 +327,11 @@ def test_without_vnni_full_range_weights_are_told(files):
 @FAST
 def test_of_a_good_file_nothing_is_wrong(files):
     told = look.explain(files["ort-x86"], files["Relu"], files["images"])
-    assert told.causes == () and told.verdicts[0].startswith("nothing is wrong") and "faster" in told.latency
+    assert told.causes == ()
+    if "too noisy to say" in told.latency:
+        assert told.verdicts[0].startswith("no cause was found: ")
+    else:
+        assert told.verdicts[0].startswith("nothing is wrong: ") and "faster" in told.latency
     assert told.pairs.left == told.pairs.edges == 2 < told.pairs.written
     assert told.agreement >= 75 and len(told.losses) >= 4
     assert described(told).splitlines()[-1] == told.verdicts[0]

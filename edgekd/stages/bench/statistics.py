@@ -12,6 +12,7 @@ from edgekd.metrics._percentile import nearest_rank
 RESAMPLES = 2000
 AA_TOLERANCE = 0.01  # by how much an A/A interval may miss 1
 SESSIONS_DIFFER = 0.02  # two sessions of one file do, by where their memory lies: 24 of them spread from 0.984 to 1.008
+NOISY = "too noisy to say"
 SMALLEST = 0.005  # difference that is told, where sessions are several and their spread is in the interval
 BLURRED = 0.05  # half of an interval, from which on it says too little to call a difference absent
 DRIFT_TOLERANCE = 0.03  # between the medians of the first and the last third
@@ -83,9 +84,9 @@ def verdict(speedup: Interval, aa: Interval, sessions: int = 1) -> str:
     if speedup.high < 1 / band:
         return times("slower", Interval(1 / speedup.high, 1 / speedup.mid, 1 / speedup.low))
     if moved(aa):
-        return f"too noisy to say: A/A moved {100 * abs(aa.mid - 1):.0f} %"
+        return f"{NOISY}: A/A moved {100 * abs(aa.mid - 1):.0f} %"
     if speedup.high / speedup.low > (1 + BLURRED) ** 2:
-        return f"too noisy to say: between {speedup.low:.2f} and {speedup.high:.2f} times as fast"
+        return f"{NOISY}: between {speedup.low:.2f} and {speedup.high:.2f} times as fast"
     return "no measurable difference"
 
 

@@ -291,6 +291,6 @@ def concluded(told: Explanation) -> Explanation:
     lines = tuple(f"{c.about}: {c.verdict}" + (f" -> {c.switch}" if c.switch else "") for c in told.causes)
     end = told.latency or told.where
     slow = told.latency and not told.latency.endswith(ALONE) and "faster" not in told.latency
-    fine = f"INT8 is not faster, and no single cause takes {percent(COST)} of its time: {end}"
-    fine = fine if slow else f"nothing is wrong: {end}"
+    fine = f"INT8 is not faster, and no single cause takes {percent(COST)} of its time" if slow else "nothing is wrong"
+    fine = f"{'no cause was found' if statistics.NOISY in told.latency else fine}: {end}"
     return replace(told, verdicts=lines or (fine,))
