@@ -39,8 +39,8 @@ class Scale:
     least: float = 0.0  # what is not told
 
 
-TIME = Scale(" %", "slower", "faster", "too noisy to say", 100 * statistics.SMALLEST)
-SIZE = Scale(" %", "larger", "smaller", "too noisy to say")
+TIME = Scale(" %", "slower", "faster", statistics.NOISY, 100 * statistics.SMALLEST)
+SIZE = Scale(" %", "larger", "smaller", statistics.NOISY)
 SHARE = Scale(" points", "worse", "better", "too few images to say")
 
 
