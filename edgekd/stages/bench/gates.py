@@ -11,11 +11,12 @@ from edgekd.core.errors import ConfigError
 from edgekd.core.gate import Decision, Gate, Outcome
 from edgekd.core.text import visible
 from edgekd.core.trial import BenchResult, Interval, Measurement
+from edgekd.stages.bench.statistics import NOISY
 from edgekd.stages.report.figures import size
 
 # measures that are no metrics
 OTHER = ("drop", "teacher_drop", "speedup", "kilobytes", "macs", "parameters", "memory_mb")
-NOISY = ("A/A", "throttled")  # warnings that leave a latency undecided
+DOUBTS = ("A/A", "throttled")  # warnings that leave a latency undecided
 EXIT = {"passed": 0, "failed": 3, "undecided": 4}
 
 
@@ -58,9 +59,9 @@ def decided(gate: Gate, bench: BenchResult) -> Decision:
     name = shipped.contestant.name
     if found is None:
         return Decision(bench.target, gate, name, "undecided", None, f"`{gate.measure}` was not measured for {name}")
-    doubt = next((warning for warning in bench.warnings if warning.startswith(NOISY)), "")
+    doubt = next((warning for warning in bench.warnings if warning.startswith(DOUBTS)), "")
     if doubt and timed(gate.measure):
-        return Decision(bench.target, gate, name, "undecided", found, f"too noisy to say: {doubt}")
+        return Decision(bench.target, gate, name, "undecided", found, f"{NOISY}: {doubt}")
     outcome = held(gate, found)
     return Decision(bench.target, gate, name, outcome, found, said(found))
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from edgekd.core.trial import BenchResult, Interval, Measurement
+from edgekd.stages.bench import gates
 from edgekd.stages.bench.cold import TIMES as STARTS
-from edgekd.stages.bench.gates import NOISY
 from edgekd.stages.bench.intervals import lost
+from edgekd.stages.bench.statistics import NOISY
 from edgekd.stages.report import changes
 from edgekd.stages.report.changes import SHARE, SIZE, TIME, Change, Outcome, Tolerance, judged
 from edgekd.stages.report.figures import PERCENT, scored, size
@@ -24,7 +25,8 @@ PROTOCOL = (
 )
 CONDITIONS = ("affinity", "cpu_quota", "governor")
 LITTLE_MB = 0.001  # of memory, below which shares of it mean nothing
-DOUBTS = (*NOISY, "contended", "steal")  # warnings after which two runs do not compare: one had the machine to itself
+# warnings after which two runs do not compare: one had the machine to itself
+DOUBTS = (*gates.DOUBTS, "contended", "steal")
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def latency(pair: Pair, of: partial[Change], old: Measurement, new: Measurement)
         if slower and not pair.doubt:
             why, outcome = "the same file, so it is the machine that moved", "undecided"
     elif pair.doubt:
-        words, why, outcome = f"too noisy to say: {pair.doubt}", f"measured: {words}", "undecided"
+        words, why, outcome = f"{NOISY}: {pair.doubt}", f"measured: {words}", "undecided"
     elif slower and pair.differing:
         why, outcome = "not under the same conditions", "undecided"
     elif slower and ratio and median and median.outcome == "held":
