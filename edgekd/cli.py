@@ -51,6 +51,9 @@ def build(
     lock_clocks: Annotated[
         bool, typer.Option("--lock-clocks", help="Hold the clocks of the --device while it measures; as root there.")
     ] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Delete what earlier builds left in the folder and this one does not need.")
+    ] = False,
     smoke: Smoke = False,
     json_: Json = False,
 ) -> None:
@@ -63,7 +66,7 @@ def build(
     config = configuration.configured(recipe, tuple(set_ or ()), tuple(target or ()), smoke)
     config = configuration.on_device(config, jetpack=jetpack, board=board, dla=dla)
     out = out or Path("runs") / config.name
-    record = pipeline.build(config, out, calib_root, shlex.join(["edgekd", *sys.argv[1:]]), bundle, there)
+    record = pipeline.build(config, out, calib_root, shlex.join(["edgekd", *sys.argv[1:]]), bundle, there, prune)
     say(f"report: {out / 'report.html'}")
     emit(json_, pipeline.summary(record), pipeline.headline(record))
     leave(exit_code(record.gates))

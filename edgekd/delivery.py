@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from edgekd.quantization import Material, Quantized, quantized, suffix
 from edgekd.stages.bench.assign import assigned
 from edgekd.stages.bench.benchmark import BenchConfig, benchmark
 from edgekd.stages.bench.cold import with_memory
+from edgekd.stages.bench.gates import decisive
 from edgekd.stages.bench.runner import runner_path
 from edgekd.stages.bench.scenario import scenarios
 from edgekd.stages.device import local, remote
@@ -117,7 +119,8 @@ def deliver(
         return Delivered(unmeasured(name, reason, target.delivery.instead), (), low, made)
     single = tuple(contestant for network in sent for contestant in contestants_of(network))
     dynamic = {e.single.file: e.dynamic.file for e in (*exported.values(), *low.files.values())}
-    bench, *beside = measured_here(ledger, config.bench, name, bare, material, single, dynamic)
+    known = ledger.given(circumstances(bare, config.bench), counts=partial(decisive, config.gates))
+    bench, *beside = measured_here(known, config.bench, name, bare, material, single, dynamic)
     return Delivered(shipped(bench, target, students), tuple(beside), low, made)
 
 
@@ -132,14 +135,13 @@ def measured_here(
 ) -> tuple[BenchResult, ...]:
     """Every scenario of the configuration, the main one first; calls of several images go to the `dynamic` files."""
     task, found = material.task, []
-    known = ledger.given(circumstances(target, config))
     alike = replace(config, batches=(1,), scopes=("copies",), rate=None, throughput=False)  # each is a step of its own
     for called in scenarios(config):
         contestants = single
         if called.batch > 1:
             contestants = tuple(replace(c, file=dynamic[c.file]) for c in single)
         found.append(
-            known.step(
+            ledger.step(
                 "-".join(filter(None, ("bench", name, called.slug))),
                 BenchResult,
                 benchmark,

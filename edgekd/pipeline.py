@@ -20,7 +20,7 @@ from edgekd.core.method import Method
 from edgekd.core.model import Model
 from edgekd.core.record import DataFacts, Origins, RangesFound, Record
 from edgekd.core.task import SPLITS, Scale, Task
-from edgekd.delivery import Away, deliver, export_all, fitted, named
+from edgekd.delivery import Away, Delivered, deliver, export_all, fitted, named
 from edgekd.learn.trainer import TrainConfig, resolved
 from edgekd.methods.alone import Alone
 from edgekd.quantization import Material, readable
@@ -49,11 +49,13 @@ def build(
     command: str,
     bundles: bool = False,
     device: Device | None = None,
+    prune: bool = False,
 ) -> Record:
     """From a teacher to a measured INT8 student on every target; what did not change is not made again.
 
     The report is written to `out`, and a bundle for every target that this machine cannot serve, or with `bundles` for
-    all; the calibration set to `calib_root`. With a `device`, the only target is measured there. Raises EdgekdError.
+    all; the calibration set to `calib_root`. With a `device`, the only target is measured there. With `prune`, steps
+    of earlier builds that this one had no use for are deleted when it is done. Raises EdgekdError.
     """
     ledger, away = Ledger(out / "steps"), Away(out, bundles, device)
     with ledger.locked():
@@ -92,11 +94,7 @@ def build(
             step_seconds=dict(ledger.seconds),
             gates=decide(config.gates, benches),
             frontiers=tuple(found for d in delivered.values() for found in d.low.frontiers.values()),
-            ranges=tuple(
-                RangesFound(network, name, found.method, found.tried)
-                for name, d in delivered.items()
-                for network, found in d.low.ranges.items()
-            ),
+            ranges=ranges_found(delivered),
             origins=origins(ledger, task, calib),
         )
         made = ledger.given(templates()).step("report", Rendered, rendered, record)
@@ -105,7 +103,17 @@ def build(
             if d.bundle:
                 log.info("bundle: %s", place(d.bundle, out / f"bundle-{name}"))
         certify(record, out, made.files, ledger.written)
+        if prune:
+            ledger.prune()
     return record
+
+
+def ranges_found(delivered: dict[str, Delivered]) -> tuple[RangesFound, ...]:
+    return tuple(
+        RangesFound(network, name, found.method, found.tried)
+        for name, d in delivered.items()
+        for network, found in d.low.ranges.items()
+    )
 
 
 def distilled(config: BuildConfig, out: Path) -> tuple[Weights, ...]:

@@ -14,7 +14,7 @@ from edgekd.core.gate import Gate
 from edgekd.core.trial import BenchResult, Contestant, Interval, Measurement, Trial
 from edgekd.metrics.p50_ms import P50Ms
 from edgekd.stages.bench.benchmark import BenchConfig
-from edgekd.stages.bench.gates import check, decide, exit_code, junit
+from edgekd.stages.bench.gates import check, decide, decisive, exit_code, junit
 from edgekd.stages.bench.intervals import intervals, lost, resampled, share
 
 NONE = np.zeros(0)
@@ -76,6 +76,9 @@ def test_the_error_of_a_map_has_an_interval_that_shrinks_with_images():
     assert widths[1] < widths[0] / 3
 
 
+NOISE = ("A/A: two sessions of the same file differ by 4.0 %",)
+
+
 def bench(drop, ships="student int8", warnings=(), not_measured="", **numbers) -> BenchResult:
     contestant = Contestant(ships, "student", "kd", "int8", File(Path(__file__), ""), 10, 20)
     seen = {"drop": drop} | numbers
@@ -106,10 +109,26 @@ def test_a_gate_is_decided_by_the_whole_interval(gate, outcome):
 
 
 def test_noise_leaves_a_latency_undecided_and_an_accuracy_not():
-    noisy = bench(Interval(0.2, 0.5, 0.8), warnings=("A/A: two sessions of the same file differ by 4.0 %",))
+    noisy = bench(Interval(0.2, 0.5, 0.8), warnings=NOISE)
     decisions = decide([Gate("speedup", at_least=1.0), Gate("drop", at_most=1.0)], [noisy])
     assert [d.outcome for d in decisions] == ["undecided", "passed"]
     assert "A/A" in decisions[0].reason
+
+
+@pytest.mark.parametrize(
+    ("gate", "warnings", "decides"),
+    [
+        (Gate("speedup", at_least=1.0), NOISE, False),
+        (Gate("speedup", at_least=1.0, target="cpu"), NOISE, False),
+        (Gate("speedup", at_least=1.0, target="jetson"), NOISE, True),
+        (Gate("drop", at_most=1.0), NOISE, True),
+        (Gate("speedup", at_least=9.0), (), True),
+    ],
+)
+def test_what_noise_leaves_undecided_is_measured_again(gate, warnings, decides):
+    noisy = bench(Interval(0.2, 0.5, 0.8), warnings=warnings)
+    assert decisive([gate], noisy) == decides
+    assert decisive([gate], replace(noisy, scenario="batch8"))
 
 
 def test_what_was_not_measured_is_undecided_and_nothing_that_ships_is_a_failure():

@@ -210,9 +210,27 @@ def test_other_circumstances_make_anew(tmp_path):
     assert set(ledger.seconds) == {"a"}
 
 
-@pytest.mark.parametrize("entry", ["no json", '{"seconds": 1, "finished": "", "output": {"text": "x"}}'])
-def test_a_step_that_another_version_wrote_is_named(entry, tmp_path):
-    made = Ledger(tmp_path).step("a", Made, make, "x")
-    (made.file.path.parent / "step.json").write_text(entry)
-    with pytest.raises(StaleArtifact, match="another version of edgekd may have written it"):
-        Ledger(tmp_path).step("a", Made, make, "x")
+@pytest.mark.parametrize("entry", ["no json", '{"seconds": 1, "finished": "", "output": {"text": "x"}}', None])
+def test_a_step_that_another_version_wrote_is_put_aside_and_made_again(entry, tmp_path, caplog):
+    home = Ledger(tmp_path).step("a", Made, make, "x").file.path.parent
+    (home / "step.json").write_text(entry) if entry else (home / "step.json").unlink()
+    again = [Ledger(tmp_path).step("a", Made, make, "x") for _ in range(2)]
+    assert again[0] == again[1] and runs(tmp_path) == ["x", "x"]
+    assert "another version of edgekd may have written it" in caplog.text
+    assert (tmp_path / f"{home.name}.unreadable" / "made.txt").read_text() == "x"
+
+
+def test_what_does_not_count_is_made_again(tmp_path):
+    for counts in (True, False, True):
+        Ledger(tmp_path).given(None, counts=lambda made, counts=counts: counts).step("a", Made, make, "x")
+    assert runs(tmp_path) == ["x", "x"]
+
+
+def test_pruning_leaves_the_steps_that_were_asked_for(tmp_path):
+    Ledger(tmp_path).step("a", Made, make, "old")
+    with pytest.raises(OSError, match="no"):
+        Ledger(tmp_path).step("b", Made, fail, "half")
+    ledger = Ledger(tmp_path)
+    kept = [ledger.given(place).step(f"c{place}", Made, make, "new").file.path.parent for place in range(2)]
+    ledger.prune()
+    assert sorted(path for path in tmp_path.iterdir() if path.is_dir()) == sorted(kept)

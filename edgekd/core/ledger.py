@@ -40,11 +40,21 @@ NOUNS = {  # modules that decide nothing about what a step makes
 KEEP = ".work"  # below a step's partial directory: what lets an interrupted step go on; gone when it is done
 
 
+class Unreadable(StaleArtifact):
+    """The entry of a step is none that this version reads."""
+
+
 class Ledger:
     """One directory per step, named by the step and a key of all that determines its output."""
 
-    def __init__(self, root: Path, circumstances: Any = None, entries: dict[str, dict[str, Any]] | None = None) -> None:
-        self.root, self.circumstances = root, circumstances
+    def __init__(
+        self,
+        root: Path,
+        circumstances: Any = None,
+        entries: dict[str, dict[str, Any]] | None = None,
+        counts: Callable[[Any], bool] = lambda made: True,
+    ) -> None:
+        self.root, self.circumstances, self.counts = root, circumstances, counts
         self.entries = {} if entries is None else entries  # of each step that was asked for
 
     @property
@@ -63,9 +73,12 @@ class Ledger:
         files = [self.root / entry["home"] / "step.json" for entry in self.entries.values()]
         return {str(path.relative_to(self.root.parent)): File.of(path).sha256 for path in files}
 
-    def given(self, circumstances: Any) -> Ledger:
-        """The same ledger for a step that also depends on what is no argument of it: the machine, a program, a file."""
-        return Ledger(self.root, circumstances, self.entries)
+    def given(self, circumstances: Any, counts: Callable[[Any], bool] = lambda made: True) -> Ledger:
+        """The same ledger for a step that also depends on what is no argument of it: the machine, a program, a file.
+
+        What was made before is made again unless it `counts`.
+        """
+        return Ledger(self.root, circumstances, self.entries, counts)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -91,7 +104,8 @@ class Ledger:
         """`make(out, *args, **kwargs)`, or what it made before from the same things.
 
         `make` writes into `NAME.partial`, which is renamed when whole. If it was interrupted it finds what it
-        left there, and may go on from it.
+        left there, and may go on from it. What another version wrote and this one cannot read is put aside, as
+        `NAME.unreadable`. Raises StaleArtifact where a file of it changed.
         """
         facts = {"step": name, "args": plain.facts([args, kwargs]), "code": code(make.__module__, args, kwargs)}
         if self.circumstances is not None:
@@ -99,35 +113,51 @@ class Ledger:
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
         home = self.root / f"{name}-{key}"
         if home.exists():
-            log.info("%s: unchanged", name)
-        else:
-            log.info("%s ...", name)
-            started = time.perf_counter()
-            work = self.root / f"{home.name}.partial"
-            work.mkdir(parents=True, exist_ok=True)
-            made = plain.dump(make(work, *args, **kwargs))
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            seconds = round(time.perf_counter() - started, 3)
-            entry = facts | {"output": made, "seconds": seconds, "finished": now, "machine": machine()}
-            (work / "step.json").write_text(json.dumps(entry, indent=2))
-            work.rename(home)  # atomic: a directory without `.partial` is always whole
-            log.info("%s: done in %.1f s", name, seconds)
+            try:
+                made = self.recall(name, kind, home)
+            except Unreadable as error:
+                aside = self.root / f"{home.name}.unreadable"
+                shutil.rmtree(aside, ignore_errors=True)
+                home.rename(aside)
+                log.warning("%s: %s; it is kept as `%s`, and made again", name, error, aside.name)
+            else:
+                if self.counts(made):
+                    log.info("%s: unchanged", name)
+                    shutil.rmtree(home / KEEP, ignore_errors=True)
+                    return made
+                shutil.rmtree(home)
+        log.info("%s ...", name)
+        started = time.perf_counter()
+        work = self.root / f"{home.name}.partial"
+        work.mkdir(parents=True, exist_ok=True)
+        output = plain.dump(make(work, *args, **kwargs))
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        seconds = round(time.perf_counter() - started, 3)
+        entry = facts | {"output": output, "seconds": seconds, "finished": now, "machine": machine()}
+        (work / "step.json").write_text(json.dumps(entry, indent=2))
+        work.rename(home)  # atomic: a directory without a suffix is always whole
+        log.info("%s: done in %.1f s", name, seconds)
         shutil.rmtree(home / KEEP, ignore_errors=True)  # not before: a killed step goes on from it
         return self.recall(name, kind, home)
 
     def recall(self, name: str, kind: type[A], home: Path) -> A:
-        """What a whole step made. Raises StaleArtifact if it cannot be read or its files changed."""
+        """What a whole step made. Raises Unreadable if its entry is none, StaleArtifact if its files changed."""
         try:
             entry = json.loads((home / "step.json").read_text())
             if not whole(entry):
                 raise ValueError("it is no entry of a step")
             self.entries[name] = entry | {"home": home.name}
             return plain.load(kind, entry["output"], home)
-        except (ConfigError, ValueError, KeyError, OSError, RecursionError) as error:
-            raise StaleArtifact(
-                f"`{home}` cannot be read; another version of edgekd may have written it",
-                hint="delete it so that the step runs again",
-            ) from error
+        except (ConfigError, ValueError, KeyError, FileNotFoundError, RecursionError) as error:
+            raise Unreadable(f"`{home}` cannot be read; another version of edgekd may have written it") from error
+
+    def prune(self) -> None:
+        """Delete every step that was not asked for, half done or whole."""
+        asked = {entry["home"] for entry in self.entries.values()}
+        for old in self.root.iterdir():
+            if old.is_dir() and old.name not in asked:
+                shutil.rmtree(old)
+                log.info("deleted: %s", old.name)
 
 
 def whole(entry: Any) -> bool:

@@ -59,11 +59,21 @@ def decided(gate: Gate, bench: BenchResult) -> Decision:
     name = shipped.contestant.name
     if found is None:
         return Decision(bench.target, gate, name, "undecided", None, f"`{gate.measure}` was not measured for {name}")
-    doubt = next((warning for warning in bench.warnings if warning.startswith(DOUBTS)), "")
-    if doubt and timed(gate.measure):
-        return Decision(bench.target, gate, name, "undecided", found, f"{NOISY}: {doubt}")
+    if doubt(bench) and timed(gate.measure):
+        return Decision(bench.target, gate, name, "undecided", found, f"{NOISY}: {doubt(bench)}")
     outcome = held(gate, found)
     return Decision(bench.target, gate, name, outcome, found, said(found))
+
+
+def doubt(bench: BenchResult) -> str:
+    """Why its latencies decide nothing; "" where they do."""
+    return next((warning for warning in bench.warnings if warning.startswith(DOUBTS)), "")
+
+
+def decisive(gates: Iterable[Gate], bench: BenchResult) -> bool:
+    """False where noise leaves a gate undecided; to measure again may help there."""
+    asked = any(timed(gate.measure) and meant(gate, bench.target) for gate in gates)
+    return bool(bench.scenario) or not (asked and doubt(bench))
 
 
 def timed(measure: str) -> bool:
