@@ -55,6 +55,18 @@ def function(name, *calls):
     return helper.make_function("mine", name, ["t0"], [f"t{len(calls)}"], nodes, opsets)
 
 
+def doubling(domain="mine", called="mine"):
+    """Each function calls the next one twice; `called` is another name of the domain that they are in."""
+    functions = [function(f"f{i}", *[f"f{i + 1}"] * 2) for i in range(40)]
+    model = calling(*functions, function("f40", "Relu"))
+    for graph in (model.graph, *model.functions):
+        for node in graph.node:
+            node.domain = called if node.domain == "mine" else node.domain
+    for one in model.functions:
+        one.domain = domain
+    return model
+
+
 def calling(*functions):
     nodes = [helper.make_node("f0", ["x"], ["y"], domain="mine")]
     return network(nodes, outputs=[value("y", [1, 3, 8, 8])], tensors=[], functions=functions, domains=["mine"])
@@ -170,10 +182,9 @@ NETWORKS = {
     # functions
     "a function that calls itself": (lambda: calling(function("f0", "f0")), "in a circle"),
     "functions in a circle": (lambda: calling(function("f0", "f1"), function("f1", "f0")), "in a circle"),
-    "functions that double": (
-        lambda: calling(*(function(f"f{i}", *[f"f{i + 1}"] * 2) for i in range(40)), function("f40", "Relu")),
-        "nodes: more than edgekd takes",
-    ),
+    "functions that double": (doubling, "nodes: more than edgekd takes"),
+    "functions that double in ONNX's own domain": (lambda: doubling("ai.onnx", ""), "nodes: more than edgekd takes"),
+    "functions that double, called by its other name": (lambda: doubling("", "ai.onnx"), "nodes: more than edgekd"),
     # names
     "colours in the name of a node": (lambda: changed(lambda m: setattr(m.graph.node[0], "name", ESCAPE)), "control"),
     "a line in the name of a tensor": (
@@ -379,6 +390,25 @@ def test_a_network_without_an_end_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_probe, "LIMIT_S", 8.0)
     with pytest.raises(ModelError, match="does not answer within 8 s"):
         onnx_probe.probed(path)
+
+
+def test_a_network_that_needs_more_memory_than_there_is_is_refused(tmp_path):
+    """Each tensor has the largest size that is allowed; three are alive at once."""
+    size = numpy_helper.from_array(np.array([1, 512, 1024, 1024], np.int64), "s")
+    spread = [helper.make_node("Expand", ["m", "s"], [f"e{i}"]) for i in range(3)]
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], ["m"]),
+        *spread,
+        helper.make_node("Sum", ["e0", "e1", "e2"], ["e"]),
+        helper.make_node("ReduceMean", ["e"], ["r"]),
+        helper.make_node("Add", ["x", "r"], ["y"]),
+    ]
+    path = saved(network(nodes, tensors=[size], outputs=[value("y", [1, 3, 8, 8])]), tmp_path / "n.onnx")
+    limit = f'ulimit -S -v {6 << 20} && exec "$0" -m edgekd lint "$1" --jetpack 6.2'
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    words = ["sh", "-c", limit, sys.executable, str(path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2 and "needs more memory than the 6.0 GiB of this machine" in done.stderr, done.stderr
 
 
 @pytest.mark.slow

@@ -217,7 +217,7 @@ def check_place(tensor: onnx.TensorProto, size: int, what: str, path: Path) -> N
 
 def check_functions(model: onnx.ModelProto, path: Path) -> None:
     """What functions become when they are inlined has an end, and a near one."""
-    bodies = {(f.domain, f.name, f.overload): f for f in model.functions}
+    bodies = {(own(f.domain), f.name, f.overload): f for f in model.functions}
     sizes: dict[tuple[str, str, str], int] = {}
 
     def size(graph: onnx.GraphProto | onnx.FunctionProto, depth: int) -> int:
@@ -225,7 +225,7 @@ def check_functions(model: onnx.ModelProto, path: Path) -> None:
             raise invalid(path, f"its functions call each other in a circle, or more than {DEEPEST} deep")
         found = 0
         for node in graph.node:
-            key = (node.domain, node.op_type, node.overload)
+            key = (own(node.domain), node.op_type, node.overload)
             if key in bodies and key not in sizes:
                 sizes[key] = size(bodies[key], depth + 1)
             found += 1 + sizes.get(key, 0) + sum(size(inner, depth + 1) for inner in inside(node))
@@ -234,6 +234,11 @@ def check_functions(model: onnx.ModelProto, path: Path) -> None:
     count = size(model.graph, 0)
     if count > MOST_NODES:
         raise too_large(path, f"has {count:,} nodes")
+
+
+def own(domain: str) -> str:
+    """The domain of an operator; ONNX's own has two names."""
+    return "" if domain == "ai.onnx" else domain
 
 
 def check_order(graph: onnx.GraphProto, path: Path, outer: tuple[set[str], ...] = ()) -> None:

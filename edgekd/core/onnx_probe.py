@@ -14,6 +14,7 @@ from edgekd.core import onnx_facts
 from edgekd.core.errors import EdgekdError, ModelError
 
 LIMIT_S = 300.0  # for reading it and one call; networks for small devices take some seconds
+FULL = 3  # exit code of the process where its memory does not suffice
 
 
 def probed(*paths: Path) -> None:
@@ -32,6 +33,11 @@ def probed(*paths: Path) -> None:
                 f"`{path}` does not answer within {LIMIT_S:.0f} s",
                 hint="look for a loop without an end",
             ) from None
+        if done.returncode == FULL:
+            raise ModelError(
+                f"`{path}` needs more memory than the {memory() / 2**30:.1f} GiB of this machine",
+                hint="give a network for one image on a small device",
+            )
         if done.returncode < 0:
             raise ModelError(
                 f"`{path}` ends a process that reads and runs it, by {signal.Signals(-done.returncode).name}",
@@ -52,11 +58,26 @@ def look(path: Path) -> None:
         onnx_facts.answers(path, inputs, optimised, threads=1)
 
 
+def memory() -> int:
+    """Bytes that a process may take: the machine's, or fewer where whoever started edgekd set a limit."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return here if soft == resource.RLIM_INFINITY else min(soft, here)
+
+
+def exhausted(error: BaseException | None) -> bool:
+    """Whether an allocation failed: Python's, C++'s, or one of onnxruntime's, which have no type of their own."""
+    while error:
+        if isinstance(error, MemoryError) or "bad_alloc" in str(error) or "Failed to allocate memory" in str(error):
+            return True
+        error = error.__cause__
+    return False
+
+
 if __name__ == "__main__":
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))  # more is asked for: it ends, and nothing else does
+    resource.setrlimit(resource.RLIMIT_AS, (memory(), memory()))  # more is asked for: it ends, and nothing else does
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         look(Path(sys.argv[1]))
-    except (EdgekdError, OSError):  # told where it is read for good
-        sys.exit(1)
+    except (EdgekdError, OSError, MemoryError) as error:  # told where it is read for good
+        sys.exit(FULL if exhausted(error) else 1)
