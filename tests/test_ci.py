@@ -13,10 +13,13 @@ import yaml
 
 CI = Path(__file__).parents[1] / "deploy" / "ci"
 ACTION = CI / "edgekd-build" / "action.yml"
-# stands in for docker: keeps its words, leaves a report as `edgekd build` does, ends as it was told
+# stands in for docker: keeps its words, leaves a report as `edgekd build` does unless that is a mistake, ends as told
 DOCKER = """#!/bin/sh
-printf '%s\\n' "$@" > words
-mkdir -p runs/build && echo "## the report" > runs/build/report.md
+printf '%s\\n' "$@" > "words-$1"
+[ "$1" = run ] || exit 0
+shift && while [ "$1" != --cidfile ]; do shift; done
+echo 0123abcd > "$2"
+case $WANTED in 0 | 3 | 4) mkdir -p runs/build && echo "## the report" > runs/build/report.md ;; esac
 exit $WANTED
 """
 
@@ -46,14 +49,14 @@ def job(tmp_path: Path, code: int, **inputs: str) -> tuple[int, Path]:
     for step in action["runs"]["steps"]:
         if "run" not in step:
             continue
-        given = {key: known[value.strip("${} ")] for key, value in step["env"].items()}
+        given = {key: known[value.strip("${} ")] for key, value in step.get("env", {}).items()}
         files = {"GITHUB_OUTPUT": str(tmp_path / "output"), "GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md")}
-        path = f"{tmp_path}:{os.environ['PATH']}"
+        place = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RUNNER_TEMP": str(tmp_path)}
         words = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]]
         done = subprocess.run(
             words,
             cwd=tmp_path,
-            env=given | files | {"PATH": path, "WANTED": str(code)},
+            env=given | files | place | {"WANTED": str(code)},
             capture_output=True,
             check=False,
         )
@@ -76,22 +79,71 @@ def test_a_gate_that_cannot_be_decided_fails_the_job_unless_it_may_pass(tmp_path
     assert job(tmp_path, 4, undecided="pass")[0] == 0
 
 
+OLD = ("junit.xml", "report.md", "report.json", "manifest.json", "samples-cpu.npz", "ships/cpu/a.onnx")
+
+
+def leave_a_build(out: Path) -> None:
+    for name in (*OLD, "steps/a/step.json", "bundle-jetson/results/result.json"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("old")
+
+
+def check_what_is_left(out: Path) -> None:
+    assert not [name for name in OLD if (out / name).exists() and (out / name).read_text() == "old"]
+    assert (out / "steps/a/step.json").exists() and (out / "bundle-jetson/results/result.json").exists()
+
+
 @pytest.mark.parametrize(("code", "told"), [(0, True), (3, True), (4, True), (1, False), (2, False)])
-def test_the_summary_is_the_report_of_a_build_that_has_one(tmp_path: Path, code: int, told: bool) -> None:
-    """After a mistake, an older report may lie in the cache: it is not this build's."""
+def test_what_a_job_shows_is_of_its_own_build(tmp_path: Path, code: int, told: bool) -> None:
+    """After a mistake, what an older build wrote may lie in the cache."""
+    leave_a_build(tmp_path / "runs" / "build")
     job(tmp_path, code)
-    assert (tmp_path / "summary.md").exists() == told
+    check_what_is_left(tmp_path / "runs" / "build")
+    summary = tmp_path / "summary.md"
+    assert summary.exists() == told and (not told or summary.read_text() == "## the report\n")
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_job_of_gitlab_shows_what_is_of_its_own_build(tmp_path: Path, before: bool) -> None:
+    told: dict[str, Any] = yaml.safe_load((CI / "gitlab.yml").read_text())["edgekd"]
+    (tmp_path / "edgekd").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\" > words\nexit 3\n")
+    (tmp_path / "edgekd").chmod(0o755)
+    if before:
+        leave_a_build(tmp_path / told["variables"]["EDGEKD_OUT"])
+    environment = os.environ | told["variables"] | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    words = ["bash", "-eo", "pipefail", "-c", "\n".join(told["script"])]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert done.returncode == 3
+    if before:
+        check_what_is_left(tmp_path / told["variables"]["EDGEKD_OUT"])
+    assert (tmp_path / "words").read_text().splitlines() == [
+        *("build", "edgekd.yaml", "--out", "runs/build", "--prune", "--target", "cpu", "--target", "jetson", "--bundle")
+    ]
+
+
+def test_a_container_that_outlives_its_job_is_stopped_before_the_cache_is_kept(tmp_path: Path) -> None:
+    steps = yaml.safe_load(ACTION.read_text())["runs"]["steps"]
+    stops = next(i for i, step in enumerate(steps) if "docker stop" in step.get("run", ""))
+    keeps = next(i for i, step in enumerate(steps) if "cache/save" in step.get("uses", ""))
+    assert stops < keeps and steps[stops]["if"] == steps[keeps]["if"] == "always()"
+    job(tmp_path, 0)
+    assert (tmp_path / "words-stop").read_text().split() == ["stop", "--time", "10", "0123abcd"]
 
 
 def test_inputs_become_words_and_none_of_them_is_run(tmp_path: Path) -> None:
     wild = '$(touch pwned) "; touch pwned #'
     job(
-        tmp_path, 0, image="it@sha256:0", config=wild, targets="cpu jetson", arguments="--bundle --set student.epochs=4"
+        tmp_path,
+        0,
+        image="it@sha256:0",
+        config=wild,
+        targets="cpu jetson",
+        arguments="--bundle\n--set student.epochs=4",
     )
-    words = (tmp_path / "words").read_text().splitlines()
+    words = (tmp_path / "words-run").read_text().splitlines()
     build = words[words.index("it@sha256:0") :]
-    assert build[1:] == ["build", wild, "--out", "runs/build", "--target", "cpu", "--target", "jetson"] + [
-        *("--bundle", "--set", "student.epochs=4")
+    assert build[1:] == ["build", wild, "--out", "runs/build", "--prune"] + [
+        *("--target", "cpu", "--target", "jetson", "--bundle", "--set", "student.epochs=4")
     ]
     assert "--read-only" in words and not (tmp_path / "pwned").exists()
 
