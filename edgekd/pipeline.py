@@ -32,7 +32,7 @@ from edgekd.stages.quantize.calibrate import CalibrationSet, collect, own_file
 from edgekd.stages.report.manifest import certify
 from edgekd.stages.report.publish import Rendered, publish, rendered, replace_files, templates
 from edgekd.stages.report.words import unmeasured
-from edgekd.stages.training.distill import Trained, adopt, distill
+from edgekd.stages.training.distill import Trained, adopt, distill, introduce
 from edgekd.stages.training.lesson import Course, Rehearsed, rehearse
 from edgekd.stages.training.prepare import exam, prepare
 from edgekd.stages.training.price import Priced
@@ -183,6 +183,7 @@ def teach(ledger: Ledger, config: BuildConfig, taught: tuple[Task, ...]) -> tupl
             if not path.is_file():
                 raise ConfigError(f"{name}.checkpoint: there is no file `{path}`", hint="check the path")
             made.append(ledger.step(name, Trained, adopt, name, task, c.model, File.of(path), c.trust, c.outputs))
+            introduce(made[-1], task)
             continue
         augment = (c.data or config.data).augment
         course = Course(c.epochs, ready(c.train), augment, c.seed, with_validation=c.with_validation)

@@ -3,7 +3,7 @@
 import importlib
 import pickle
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from edgekd.learn.trainer import TrainConfig, diverged, finite
 from edgekd.methods.alone import Alone
 from edgekd.models.python import Python
 from edgekd.models.resnet import ResNet
-from edgekd.stages.training.distill import adopt, distill
+from edgekd.stages.training.distill import adopt, distill, introduce
 from edgekd.stages.training.lesson import Course, a_trainer, check_answers
 from tests import zoo
 
@@ -197,6 +197,19 @@ def test_a_teacher_of_ones_own_is_adopted(tmp_path):
     torch.save(zoo.Toy(4).state_dict(), tmp_path / "toy.pt")
     made = adopt(tmp_path, "t", task, Python("tests.zoo:Toy", {"width": 4}), File.of(tmp_path / "toy.pt"), False)
     assert made.weights.parameters == sum(p.numel() for p in zoo.Toy(4).parameters())
+
+
+@pytest.mark.parametrize(("accuracy", "warns"), [(0.34, True), (0.46, True), (0.47, False), (None, False)])
+def test_an_adopted_teacher_that_guesses_is_told_at_once(accuracy, warns, tmp_path, caplog):
+    """Three classes: chance is a third, and a fifth of the rest is 13.3 points."""
+    caplog.set_level("INFO")
+    task = zoo.blobs_task(tmp_path)
+    assert len(task.classes) == 3
+    torch.save(zoo.Toy(4).state_dict(), tmp_path / "toy.pt")
+    made = adopt(tmp_path, "t", task, Python("tests.zoo:Toy", {"width": 4}), File.of(tmp_path / "toy.pt"), False)
+    introduce(replace(made, weights=replace(made.weights, valid_accuracy=accuracy)), task)
+    assert ("little more than chance; look at `scale`" in caplog.text) == warns
+    assert ("as it came" in caplog.text) == (accuracy is not None)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,9 @@ from edgekd.learn.surgery import Surgery, difference, operated
 from edgekd.learn.trainer import TrainConfig, Trainer, freeze
 from edgekd.learn.trainer import replace as write
 from edgekd.stages.training.lesson import Course, a_trainer, built, checked, the_lesson
+
+log = logging.getLogger(__name__)
+LITTLE = 0.2  # of what lies between chance and no mistake
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,21 @@ def adopt(
         None if outputs else trainer.accuracy(checked(name, module, next(trainer.sample(1)).x[:2], task.answer(2)))
     )
     return Trained(model, Weights(File.of(path), name, "", count, accuracy, 0.0), classes, task.shape[0])
+
+
+def introduce(teacher: Trained, task: Task) -> None:
+    """Say how good an adopted network is on this task: one that sees other inputs than it learnt from guesses."""
+    accuracy = teacher.weights.valid_accuracy
+    if accuracy is None:
+        return
+    log.info("%s: right on %.1f %% of validation data, as it came", teacher.weights.name, 100 * accuracy)
+    chance = 1 / len(task.classes)
+    if not task.dense and accuracy - chance < LITTLE * (1 - chance):
+        log.warning(
+            "%s: that is little more than chance; look at `scale` (the mean and std that it was trained with), at the "
+            "order of its classes (edgekd sorts their names) and at the size of the images",
+            teacher.weights.name,
+        )
 
 
 class Played:
