@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+
+from edgekd.stages.device.instructions import RUN
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -227,13 +230,19 @@ def test_the_boards_image_holds_the_runner_and_says_what_it_lacks(
     tools: Buildah, context: Path, tmp_path: Path
 ) -> None:
     tools.build("edgekd-runner", context, "--target", "runner", "--build-arg", f"BOARD={BASE}")
-    done = tools.image("edgekd-runner").run(tmp_path / "job", "doctor")
+    board, job = tools.image("edgekd-runner"), tmp_path / "job"
+    done = board.run(job, "doctor")
     assert done.returncode == 1, done.stderr  # something is missing: the runtimes, which an L4T base has
     told = json.loads(done.stdout)
     assert "numpy" in told["versions"] and "numpy" not in [lack["package"] for lack in told["missing"]]
+    (job / "run.sh").write_text(RUN)  # a bundle that lacks all else
+    shutil.copy(ROOT / "deploy" / "runner" / "edgekd_runner.py", job)
+    done = board.run(job, "run.sh", entry=["sh"])
+    assert done.returncode == 2 and "manifest.json" in done.stdout + done.stderr
 
 
 def test_the_projects_own_tests_pass_in_it(tools: Buildah, context: Path) -> None:
     if "EDGEKD_IMAGE_CHECK" not in os.environ:
         pytest.skip("EDGEKD_IMAGE_CHECK is not set: all tests would run once more")
-    tools.build("edgekd-check", context, "--target", "check")
+    told = tools.build("edgekd-check", context, "--target", "check")
+    print("\nimage: its own tests:", *re.findall(r"=+ (\d+ passed.*) =+", told))
