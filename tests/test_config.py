@@ -1,6 +1,8 @@
 """A configuration survives JSON; every mistake in one is named, with its path, at once."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +19,17 @@ def digits():
 def test_every_recipe_is_valid_and_survives_json(name):
     made = plain.load(BuildConfig, config.read(name))
     assert plain.load(BuildConfig, json.loads(json.dumps(plain.dump(made)))) == made
+
+
+def test_what_the_readme_shows_is_valid(tmp_path):
+    whole, gates = re.findall(r"```yaml\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "shown.yaml").write_text(whole + gates)
+    made = configured(str(tmp_path / "shown.yaml"), (), ("cpu", "jetson"), small=False)
+    assert made.name == "photos" and len(made.gates) == 3
+    routes = "student.method={use: kpn, routes: [{teacher: layer3.5.join, student: layer3.1.join}]}"
+    (route,) = configured(str(tmp_path / "shown.yaml"), (routes,), (), small=False).student.method.routes
+    for name, model in ((route.teacher, made.teacher.model), (route.student, made.student.model)):
+        assert name in dict(model.build(2, 3).named_modules())
 
 
 @pytest.mark.parametrize(
