@@ -10,7 +10,7 @@ from edgekd.core.artifact import File
 from edgekd.core.errors import ConfigError
 from edgekd.core.model import Model
 from edgekd.learn.blocks import Inverted, Join, initialise
-from edgekd.learn.layers import layers, outputs
+from edgekd.learn.layers import all_cuts, cuts, layers, outputs, unique
 from edgekd.learn.taps import Taps
 from edgekd.models.shufflenet import Shuffle
 from edgekd.models.vgg import VGG
@@ -228,6 +228,8 @@ def test_layers_are_found_at_every_size(name, settings):
     found = layers(network, x)
     assert {layer.path for layer in layers(fresh, x)} == {layer.path for layer in found}
     assert {layer.size for layer in found} == sizes and len(sizes) >= 3
+    every = unique(outputs(network, x))
+    assert all_cuts(network, every, x) == [layer for layer in every if cuts(network, layer.path, x)]
     assert len(found) < len(dict(network.named_modules())) / 3
 
 

@@ -130,8 +130,9 @@ def layers(model: nn.Module, x: Tensor) -> list[Layer]:
     `x` is a batch of two images or more, (N, C, H, W); the model is in eval mode. Of layers that differ only by a
     normalisation or an activation, the last one with a signed output stands for all.
     """
-    kept = [layer for layer in unique(outputs(model, x)) if cuts(model, layer.path, x)]
-    groups = groupby(kept, key=lambda layer: (layer.receptive, layer.size, layer.channels))
+    groups = groupby(
+        all_cuts(model, unique(outputs(model, x)), x), key=lambda layer: (layer.receptive, layer.size, layer.channels)
+    )
     return [([m for m in members if m.signed] or members)[-1] for members in (list(g) for _, g in groups)]
 
 
@@ -150,6 +151,45 @@ def cuts(model: nn.Module, path: str, x: Tensor) -> bool:
     want, seen = taps(x)
     got, _ = taps(x.flip(0), {path: seen[path]})
     return torch.equal(want, got)
+
+
+class Reached(BaseException):
+    """A pass came to the layer where it was to end; whether that made what it makes of the first input."""
+
+    def __init__(self, same: bool) -> None:
+        self.same = same
+
+
+@torch.no_grad()
+def all_cuts(model: nn.Module, found: list[Layer], x: Tensor) -> list[Layer]:
+    """Those of `found`, in order of execution, that `cuts` says are cuts.
+
+    From the last to the first: what reaches the next cut unchanged reaches the output unchanged, so a pass ends there.
+    """
+    want, seen = Taps(model, *(layer.path for layer in found))(x)
+    kept: list[Layer] = []
+    for layer in reversed(found):
+        fixed = {layer.path: seen[layer.path]}
+        following = kept[-1].path if kept else None
+        if unchanged(model, fixed, x.flip(0), following, seen[following] if following else want):
+            kept.append(layer)
+    return kept[::-1]
+
+
+def unchanged(model: nn.Module, fixed: dict[str, Tensor], x: Tensor, end: str | None, want: Tensor) -> bool:
+    """Whether the layer `end`, or the model, makes `want` of `x` where layers give what is in `fixed`."""
+
+    def stop(_module: nn.Module, _args: Any, made: Tensor) -> None:
+        raise Reached(torch.equal(made, want))
+
+    handle = model.get_submodule(end).register_forward_hook(stop) if end else None
+    try:
+        return torch.equal(Taps(model, *fixed)(x, fixed)[0], want)
+    except Reached as reached:
+        return reached.same
+    finally:
+        if handle:
+            handle.remove()
 
 
 @torch.no_grad()
