@@ -52,7 +52,7 @@ def build(
         bool, typer.Option("--lock-clocks", help="Hold the clocks of the --device while it measures; as root there.")
     ] = False,
     prune: Annotated[
-        bool, typer.Option("--prune", help="Delete what earlier builds left in the folder and this one does not need.")
+        bool, typer.Option("--prune", help="Delete steps that this build does not need, and lessons of `compare`.")
     ] = False,
     smoke: Smoke = False,
     json_: Json = False,

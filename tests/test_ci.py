@@ -79,7 +79,15 @@ def test_a_gate_that_cannot_be_decided_fails_the_job_unless_it_may_pass(tmp_path
     assert job(tmp_path, 4, undecided="pass")[0] == 0
 
 
-OLD = ("junit.xml", "report.md", "report.json", "manifest.json", "samples-cpu.npz", "ships/cpu/a.onnx")
+OLD = (
+    "junit.xml",
+    "report.md",
+    "report.json",
+    "manifest.json",
+    "samples-cpu.npz",
+    "ships/cpu/a.onnx",
+    "bundle-jetson/run.sh",
+)
 
 
 def leave_a_build(out: Path) -> None:

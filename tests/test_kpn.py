@@ -9,7 +9,7 @@ from torch import nn
 
 from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Outcome
-from edgekd.learn.layers import layers
+from edgekd.learn.layers import all_cuts, cuts, layers, outputs, unique
 from edgekd.learn.taps import Taps
 from edgekd.methods.kpn import KPN, Imitation, Route
 from tests import zoo
@@ -323,6 +323,28 @@ def test_layers_of_a_foreign_module_are_found_with_receptive_fields_worked_by_ha
     # through conv2 (kernel 3, stride so far 2 * 2), then conv3 (kernel 3 dilated to 5)
     assert found["conv3"].receptive == 6 + (3 - 1) * 4 + (5 - 1) * 4
     assert found["conv3"].channels == 6 and found["conv3"].size == (4, 4)
+
+
+class Aliased(nn.Module):
+    """A shortcut that is the very tensor which an activation in place changes next."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.late = (nn.Conv2d(i, 4, 3, padding=1) for i in (1, 4, 4))
+        self.shortcut = nn.Identity()
+
+    def forward(self, x):
+        x = self.stem(x)
+        r = self.shortcut(x)
+        return self.late(self.conv(torch.relu_(x)) + r).mean((2, 3))
+
+
+@pytest.mark.parametrize("network", [Foreign, Aliased])
+def test_all_cuts_are_what_each_one_is_by_itself(network):
+    model, x = network().eval(), torch.randn(2, 1, 16, 16)
+    found = unique(outputs(model, x))
+    kept = all_cuts(model, found, x)
+    assert kept == [layer for layer in found if cuts(model, layer.path, x)] and 1 < len(kept) < len(found)
 
 
 def test_injection_replaces_the_front_of_a_foreign_module_and_leaves_no_trace():

@@ -234,3 +234,28 @@ def test_pruning_leaves_the_steps_that_were_asked_for(tmp_path):
     kept = [ledger.given(place).step(f"c{place}", Made, make, "new").file.path.parent for place in range(2)]
     ledger.prune()
     assert sorted(path for path in tmp_path.iterdir() if path.is_dir()) == sorted(kept)
+
+
+def test_a_deletion_that_was_interrupted_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
+    made = Ledger(tmp_path).step("a", Made, make, "x")
+
+    def killed(place, **_):
+        (place / "made.txt").unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("edgekd.core.ledger.shutil.rmtree", lambda place, **more: more or killed(place))
+        Ledger(tmp_path).prune()
+    assert Ledger(tmp_path).step("a", Made, make, "x") == made
+
+
+def test_what_does_not_count_stays_until_there_is_another(tmp_path):
+    Ledger(tmp_path).step("a", Made, make, "x")
+
+    def interrupted(out: Path, text: str) -> Made:
+        raise KeyboardInterrupt
+
+    interrupted.__module__ = make.__module__
+    with pytest.raises(KeyboardInterrupt):
+        Ledger(tmp_path).given(None, counts=lambda made: False).step("a", Made, interrupted, "x")
+    assert Ledger(tmp_path).step("a", Made, make, "x").text == "x" and runs(tmp_path) == ["x"]

@@ -125,7 +125,6 @@ class Ledger:
                     log.info("%s: unchanged", name)
                     shutil.rmtree(home / KEEP, ignore_errors=True)
                     return made
-                shutil.rmtree(home)
         log.info("%s ...", name)
         started = time.perf_counter()
         work = self.root / f"{home.name}.partial"
@@ -135,6 +134,8 @@ class Ledger:
         seconds = round(time.perf_counter() - started, 3)
         entry = facts | {"output": output, "seconds": seconds, "finished": now, "machine": machine()}
         (work / "step.json").write_text(json.dumps(entry, indent=2))
+        if home.exists():  # what does not count: not before there is something in its place
+            discard(home)
         work.rename(home)  # atomic: a directory without a suffix is always whole
         log.info("%s: done in %.1f s", name, seconds)
         shutil.rmtree(home / KEEP, ignore_errors=True)  # not before: a killed step goes on from it
@@ -156,8 +157,15 @@ class Ledger:
         asked = {entry["home"] for entry in self.entries.values()}
         for old in self.root.iterdir():
             if old.is_dir() and old.name not in asked:
-                shutil.rmtree(old)
+                discard(old)
                 log.info("deleted: %s", old.name)
+
+
+def discard(step: Path) -> None:
+    """Delete a step; under another name, for half of one that is deleted must not be taken for a whole one."""
+    gone = step.with_name(f"{step.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    shutil.rmtree(step.rename(gone))
 
 
 def whole(entry: Any) -> bool:

@@ -162,11 +162,21 @@ class Reached(BaseException):
 
 @torch.no_grad()
 def all_cuts(model: nn.Module, found: list[Layer], x: Tensor) -> list[Layer]:
-    """Those of `found`, in order of execution, that `cuts` says are cuts.
+    """Those of `found`, in order of execution, that everything passes through, as `cuts` says of one.
 
     From the last to the first: what reaches the next cut unchanged reaches the output unchanged, so a pass ends there.
     """
-    want, seen = Taps(model, *(layer.path for layer in found))(x)
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _module, _args, made: seen.update({name: made.clone()})
+
+    hooks = [model.get_submodule(layer.path).register_forward_hook(keep(layer.path)) for layer in found]
+    try:
+        want = model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
     kept: list[Layer] = []
     for layer in reversed(found):
         fixed = {layer.path: seen[layer.path]}
