@@ -130,9 +130,8 @@ def layers(model: nn.Module, x: Tensor) -> list[Layer]:
     `x` is a batch of two images or more, (N, C, H, W); the model is in eval mode. Of layers that differ only by a
     normalisation or an activation, the last one with a signed output stands for all.
     """
-    groups = groupby(
-        all_cuts(model, unique(outputs(model, x)), x), key=lambda layer: (layer.receptive, layer.size, layer.channels)
-    )
+    kept = all_cuts(model, unique(outputs(model, x)), x)
+    groups = groupby(kept, key=lambda layer: (layer.receptive, layer.size, layer.channels))
     return [([m for m in members if m.signed] or members)[-1] for members in (list(g) for _, g in groups)]
 
 
