@@ -245,4 +245,4 @@ def test_the_projects_own_tests_pass_in_it(tools: Buildah, context: Path) -> Non
     if "EDGEKD_IMAGE_CHECK" not in os.environ:
         pytest.skip("EDGEKD_IMAGE_CHECK is not set: all tests would run once more")
     told = tools.build("edgekd-check", context, "--target", "check")
-    print("\nimage: its own tests:", *re.findall(r"=+ (\d+ passed.*) =+", told))
+    print("\nimage: its own tests:", *re.findall(r"\d+ passed.*", told))
