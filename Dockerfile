@@ -48,7 +48,7 @@ COPY deploy deploy
 COPY CHANGELOG.md DECISIONS.md SECURITY.md Makefile Dockerfile ./
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python -m pip --python /opt/edgekd/bin/python install $PIP_FLAGS -c constraints.txt -e '.[test]'
-RUN /opt/edgekd/bin/ruff check edgekd tests deploy benchmarks && /opt/edgekd/bin/mypy \
+RUN /opt/edgekd/bin/ruff check edgekd tests deploy benchmarks && /opt/edgekd/bin/mypy && /opt/edgekd/bin/lint-imports \
  && /opt/edgekd/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 FROM ${BOARD} AS runner

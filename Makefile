@@ -14,6 +14,7 @@ test: $(VENV)/tested
 	$(BIN)/ruff check edgekd tests deploy benchmarks
 	$(BIN)/ruff format --check edgekd tests deploy benchmarks
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 # builds the Dockerfile with buildah and runs the images; needs root, buildah and debootstrap

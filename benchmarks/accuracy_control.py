@@ -23,18 +23,20 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.core import onnx_facts, plain
+from edgekd.core import serialization
 from edgekd.core.artifact import File, Precision
-from edgekd.core.trial import Contestant
-from edgekd.stages.bench.benchmark import BenchConfig, benchmark
-from edgekd.stages.bench.compare import table
-from edgekd.stages.quantize.calibrate import load_calibration
-from edgekd.stages.quantize.floats import layers
-from edgekd.stages.quantize.mix import frontier
+from edgekd.core.bench_result import Contestant
+from edgekd.onnx import inspect
+from edgekd.onnx.inputs import load_calibration
+from edgekd.stages.bench.benchmark import benchmark
+from edgekd.stages.bench.compare_files import table
+from edgekd.stages.bench.config import BenchConfig
+from edgekd.stages.mixed_precision.search import frontier
+from edgekd.stages.mixed_precision.sensitivity import Exam, Subject
+from edgekd.stages.quantize.float_layers import layers
 from edgekd.stages.quantize.preparation import dialect_for
 from edgekd.stages.quantize.ranges import QuantizeConfig, calibrate, prepared
-from edgekd.stages.quantize.sensitivity import Exam, Subject
-from edgekd.stages.report.frontier import text
+from edgekd.stages.report.mixed_precision import text
 from edgekd.targets.openvino import OpenVino
 
 METRICS = ("top1", "agreement", "p50_ms")
@@ -52,7 +54,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=90)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    spec = onnx_facts.facts(asked.model).input
+    spec = inspect.facts(asked.model).input
     known, valid = load_calibration(asked.calib, spec), load_calibration(asked.valid, spec)
     truth = np.load(asked.valid_labels)
     forms: dict[str, Path] = {"fp32": asked.model}
@@ -67,7 +69,7 @@ def main() -> None:
     who = tuple(contestant(name, path, asked.model) for name, path in forms.items())
     result = benchmark(asked.out / "openvino", who, "openvino", OpenVino(), *test, "fp32", config)
     print(f"\n{table(result)}", flush=True)
-    kept["openvino"] = plain.dump(result)
+    kept["openvino"] = serialization.dump(result)
     (asked.out / "accuracy_control.json").write_text(json.dumps(kept, indent=2))
 
 
@@ -78,7 +80,7 @@ def by_edgekd(
     config = QuantizeConfig(per_channel=False if asked.per_tensor else None)
     target, model = OpenVino(), asked.model
     dialect = dialect_for(target.dialect, config)
-    made = onnx_facts.described(model, model.stem)
+    made = inspect.described(model, model.stem)
     subject = Subject(model, model, known, dialect, calibrate(model, known, config), made.macs)
     exam = Exam.of(model, valid, truth)
     found = frontier(asked.out / "edgekd", subject, exam, model.name, "openvino", target, asked.max_drop, whole=False)
@@ -130,7 +132,7 @@ def float_weight(op: Any) -> bool:
 
 
 def contestant(name: str, path: Path, model: Path) -> Contestant:
-    found = onnx_facts.facts(model)
+    found = inspect.facts(model)
     precision: Precision = "fp32" if path == model else "int8"
     return Contestant(name, "student", "", precision, File.of(path), found.macs or 0, found.parameters)
 

@@ -42,8 +42,8 @@ for count in counts:
 OURS = """
 import logging, sys, time
 from pathlib import Path
-from edgekd.core.onnx_facts import facts
-from edgekd.stages.quantize.calibrate import load_calibration
+from edgekd.onnx.inspect import facts
+from edgekd.onnx.inputs import load_calibration
 from edgekd.stages.quantize.ranges import QuantizeConfig, calibrate
 import onnx, onnxruntime.quantization
 model, images, method = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]

@@ -28,10 +28,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekd.core.onnx_facts import facts
-from edgekd.core.trial import BenchResult
-from edgekd.stages.bench.benchmark import BenchConfig
-from edgekd.stages.bench.compare import compare_files, table
+from edgekd.core.bench_result import BenchResult
+from edgekd.onnx.inspect import facts
+from edgekd.stages.bench.compare_files import compare_files, table
+from edgekd.stages.bench.config import BenchConfig
 
 SLOWDOWN = 0.03
 FOUND, ALARMS = 0.95, 0.05  # shares of the runs

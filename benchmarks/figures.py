@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from edgekd.core.artifact import File
+from edgekd.core.dataset import Arrays, Augment, Split, Task
 from edgekd.core.method import Phase
-from edgekd.core.processor import flags
-from edgekd.core.task import Arrays, Augment, Split, Task
-from edgekd.learn.feed import Feed
-from edgekd.learn.losses import supervised
-from edgekd.learn.trainer import TrainConfig, Trainer
 from edgekd.models.resnet import ResNet
+from edgekd.training.dataloader import Feed
+from edgekd.training.losses import supervised
+from edgekd.training.trainer import TrainConfig, Trainer
+from edgekd.utils.cpu import flags
 
 OUT = Path("runs/figures")
 RUNS = 5

@@ -25,9 +25,10 @@ import onnx
 from onnx import TensorProto, helper
 
 from edgekd.core.artifact import File
-from edgekd.core.onnx_facts import facts
 from edgekd.metrics._percentile import nearest_rank
-from edgekd.stages.bench.benchmark import BenchConfig, noise
+from edgekd.onnx.inspect import facts
+from edgekd.stages.bench.benchmark import noise
+from edgekd.stages.bench.config import BenchConfig
 from edgekd.stages.bench.runner import job, nanoseconds, run
 from edgekd.targets.cpu import Cpu
 

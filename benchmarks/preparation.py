@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.core.dialects import DIALECTS, named
-from edgekd.core.onnx_facts import answers, facts
+from edgekd.core.quant_scheme import DIALECTS, named
+from edgekd.onnx.inputs import load_calibration
+from edgekd.onnx.inspect import facts
+from edgekd.onnx.session import answers
 from edgekd.stages.bench.intervals import lost, right
-from edgekd.stages.quantize.calibrate import load_calibration
 from edgekd.stages.quantize.quantize import quantize_file, ratio_db
 from edgekd.stages.quantize.ranges import METHODS, QuantizeConfig
 

@@ -20,14 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.core import plain
+from edgekd.core import serialization
 from edgekd.core.artifact import File, Precision
-from edgekd.core.dialects import DIALECTS
-from edgekd.core.onnx_facts import facts
-from edgekd.core.trial import Contestant
-from edgekd.stages.bench.benchmark import BenchConfig, benchmark
-from edgekd.stages.bench.compare import table
-from edgekd.stages.quantize.calibrate import load_calibration
+from edgekd.core.bench_result import Contestant
+from edgekd.core.quant_scheme import DIALECTS
+from edgekd.onnx.inputs import load_calibration
+from edgekd.onnx.inspect import facts
+from edgekd.stages.bench.benchmark import benchmark
+from edgekd.stages.bench.compare_files import table
+from edgekd.stages.bench.config import BenchConfig
 from edgekd.stages.quantize.quantize import quantize_file
 from edgekd.stages.quantize.ranges import QuantizeConfig
 from edgekd.targets.cpu import Cpu
@@ -54,7 +55,7 @@ def main() -> None:
         files = File.of(asked.inputs), File.of(asked.labels)
         result = benchmark(asked.out / target.runtime, who, target.runtime, target, *files, "fp32", config)
         print(f"\n{table(result)}", flush=True)
-        kept[target.runtime] = plain.dump(result)
+        kept[target.runtime] = serialization.dump(result)
     (asked.out / "quantizers.json").write_text(json.dumps(kept, indent=2))
 
 

@@ -22,23 +22,23 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.core import plain
+from edgekd.core import serialization
 from edgekd.core.artifact import File, Precision
-from edgekd.core.dialects import DIALECTS
-from edgekd.core.files import save_array
-from edgekd.core.onnx_facts import facts
+from edgekd.core.bench_result import Contestant
+from edgekd.core.quant_scheme import DIALECTS
 from edgekd.core.target import Target
-from edgekd.core.trial import Contestant
 from edgekd.metrics._percentile import nearest_rank
-from edgekd.stages.bench.benchmark import BenchConfig, benchmark
-from edgekd.stages.bench.compare import table
+from edgekd.onnx.inputs import load_calibration
+from edgekd.onnx.inspect import facts
+from edgekd.stages.bench.benchmark import benchmark
+from edgekd.stages.bench.compare_files import table
+from edgekd.stages.bench.config import BenchConfig, Scenario
 from edgekd.stages.bench.runner import job, nanoseconds, run
-from edgekd.stages.bench.scenario import Scenario
-from edgekd.stages.quantize.calibrate import load_calibration
 from edgekd.stages.quantize.quantize import quantize_file
 from edgekd.stages.quantize.ranges import QuantizeConfig
 from edgekd.targets.cpu import Cpu
 from edgekd.targets.openvino import OpenVino
+from edgekd.utils.arrays import save_array
 
 METRICS = ("top1", "agreement", "deviation", "min_ms", "p50_ms", "p90_ms")
 WARMUP_S = 1.0
@@ -98,7 +98,7 @@ def main() -> None:
         who = tuple(contestant(name, path, asked.model) for name, path in forms.items())
         result = benchmark(asked.out / target.runtime, who, target.runtime, target, inputs, labels, "fp32", config)
         print(f"\n{table(result)}", flush=True)
-        kept[target.runtime] = plain.dump(result)
+        kept[target.runtime] = serialization.dump(result)
     print("\nthe runner's median beside another clock's")
     save_array(asked.out / "one.npy", np.array(np.load(asked.inputs, mmap_mode="r")[:1]))
     one = File.of(asked.out / "one.npy")

@@ -1,5 +1,5 @@
 """`python -m edgekd` is the `edgekd` command."""
 
-from edgekd.cli import main
+from edgekd.cli.main import main
 
 main()

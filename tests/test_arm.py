@@ -19,9 +19,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from edgekd.core.artifact import File
-from edgekd.core.trial import BenchResult
+from edgekd.core.bench_result import BenchResult
 from edgekd.models.resnet import ResNet
-from edgekd.stages.bench.benchmark import BenchConfig
+from edgekd.stages.bench.config import BenchConfig
 from edgekd.stages.bench.runner import runner_path
 from edgekd.stages.device.bundle import Bundle, BundleConfig, Sent, bundle
 from edgekd.stages.device.results import measured, taken

@@ -8,11 +8,8 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Method, Outcome
-from edgekd.learn.layers import layers
-from edgekd.learn.losses import soft_kl
-from edgekd.learn.pairs import Pair, deepest_pairs, ends, equal_pairs
+from edgekd.errors import ConfigError
 from edgekd.methods.attention_transfer import AttentionTransfer, attention
 from edgekd.methods.dist import DIST, pearson
 from edgekd.methods.dkd import DKD
@@ -23,6 +20,9 @@ from edgekd.methods.similarity_preserving import SimilarityPreserving, similarit
 from edgekd.models.mobilenet_v2 import MobileNetV2Model
 from edgekd.models.resnet import ResNet
 from edgekd.models.unet import UNetModel
+from edgekd.training.feature_method import Pair, deepest_pairs, ends, equal_pairs
+from edgekd.training.layer_discovery import layers
+from edgekd.training.losses import soft_kl
 from tests import zoo
 
 FEATURES = [FitNet, AttentionTransfer, Relational, SimilarityPreserving]

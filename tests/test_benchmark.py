@@ -14,14 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgekd.core import plain, plugins
+from edgekd.core import plugins, serialization
 from edgekd.core.artifact import File
-from edgekd.core.errors import ConfigError, DataError, EdgekdError, StaleArtifact
-from edgekd.core.trial import BenchResult, Contestant, Interval, Trial
+from edgekd.core.bench_result import BenchResult, Contestant, Interval, Trial
+from edgekd.errors import ConfigError, DataError, EdgekdError, StaleArtifact
+from edgekd.metrics import compute
 from edgekd.metrics._percentile import nearest_rank
-from edgekd.stages.bench import judge, lineup, statistics
+from edgekd.stages.bench import entries, statistics
 from edgekd.stages.bench import runner as stage
-from edgekd.stages.bench.benchmark import BenchConfig, answer, benchmark, noise
+from edgekd.stages.bench.benchmark import answer, benchmark, noise
+from edgekd.stages.bench.config import BenchConfig
 from edgekd.targets.cpu import Cpu
 from edgekd.targets.openvino import OpenVino
 from tests.standins.bundles import network
@@ -84,7 +86,7 @@ def test_metrics_read_what_they_say() -> None:
         labels=np.array([0, 1, 0, 0]),
     )
     expected = {"min_ms": 1, "p50_ms": 500, "p90_ms": 900, "p99_ms": 990, "mean_ms": 500.5, "top1": 75, "agreement": 0}
-    assert judge.readings(trial, tuple(expected)) == expected
+    assert compute.readings(trial, tuple(expected)) == expected
 
 
 def test_every_metric_is_listed_under_its_own_name_and_says_what_it_needs() -> None:
@@ -98,7 +100,7 @@ def test_every_metric_is_listed_under_its_own_name_and_says_what_it_needs() -> N
 def test_a_metric_without_its_part_of_the_trial_is_left_out() -> None:
     none = np.zeros((0, 0))
     trial = Trial(np.array([2_000_000]), np.zeros(1), none, none, np.zeros(0))
-    assert judge.readings(trial, ("top1", "agreement", "min_ms")) == {"min_ms": 2.0}
+    assert compute.readings(trial, ("top1", "agreement", "min_ms")) == {"min_ms": 2.0}
 
 
 # --- settings ---
@@ -123,7 +125,7 @@ def test_refuses_settings_that_make_no_sense(wrong: dict[str, object]) -> None:
 
 
 def test_the_defaults_suffice_for_all_metrics_and_are_read_from_a_configuration() -> None:
-    assert plain.load(BenchConfig, plain.dump(BenchConfig())) == BenchConfig()
+    assert serialization.load(BenchConfig, serialization.dump(BenchConfig())) == BenchConfig()
     assert set(BenchConfig().metrics) == set(plugins.names("metrics"))
 
 
@@ -269,7 +271,7 @@ def test_every_number_carries_its_machine_runtime_and_samples(compared: tuple[Be
 
 def test_a_result_reads_back_from_its_folder(compared: tuple[BenchResult, Path]) -> None:
     result, out = compared
-    assert plain.load(BenchResult, plain.dump(result), out) == result
+    assert serialization.load(BenchResult, serialization.dump(result), out) == result
 
 
 def test_top1_comes_from_the_file_itself(exam: tuple[File, File], tmp_path: Path) -> None:
@@ -316,7 +318,7 @@ def test_a_target_that_this_machine_cannot_serve_gives_the_reason_and_no_number(
         None,
         (),
     )
-    assert plain.load(BenchResult, plain.dump(result)) == result
+    assert serialization.load(BenchResult, serialization.dump(result)) == result
 
 
 def test_refuses_contestants_that_cannot_be_told_apart_or_compared(exam: tuple[File, File], tmp_path: Path) -> None:
@@ -384,18 +386,18 @@ def test_an_int8_file_is_compared_with_the_float_file_of_its_own_method() -> Non
     int8 = contestant("kpn int8", nowhere, method="kpn", precision="int8")
     orphan = contestant("dkd int8", nowhere, method="dkd", precision="int8")
     all_of_them = (mine, other, int8, orphan)
-    assert [lineup.original(c, all_of_them, "kd fp32") for c in all_of_them] == [None, None, 1, 0]
+    assert [entries.original(c, all_of_them, "kd fp32") for c in all_of_them] == [None, None, 1, 0]
     family = (*all_of_them, contestant("kpn wide fp32", nowhere, method="kpn"))
-    assert lineup.original(int8, family, "kd fp32") == 1, "its own name decides within a family"
+    assert entries.original(int8, family, "kd fp32") == 1, "its own name decides within a family"
     odd = contestant("kpn small int8", nowhere, method="kpn", precision="int8")
-    assert lineup.original(odd, family, "kd fp32") is None, "it could come from either"
+    assert entries.original(odd, family, "kd fp32") is None, "it could come from either"
 
 
 def test_float_files_stand_once_for_every_precision_that_a_target_computes_in() -> None:
     teacher, student = (contestant(f"{name} fp32", File(Path(f"{name}.onnx"), name)) for name in ("teacher", "kd"))
     int8 = contestant("kd int8", File(Path("kd-int8.onnx"), "kd-int8"), precision="int8")
-    assert lineup.computed((teacher, student, int8), Cpu()) == (teacher, student, int8)
-    rows = lineup.computed((teacher, student, int8), OpenVino())
+    assert entries.computed((teacher, student, int8), Cpu()) == (teacher, student, int8)
+    rows = entries.computed((teacher, student, int8), OpenVino())
     assert [(c.name, c.floats) for c in rows] == [
         ("teacher fp32", "fp32"),
         ("teacher fp32 (default precision)", "default"),
@@ -403,10 +405,10 @@ def test_float_files_stand_once_for_every_precision_that_a_target_computes_in() 
         ("kd fp32 (default precision)", "default"),
         ("kd int8", "fp32"),
     ]
-    assert [lineup.original(c, rows, "kd fp32") for c in rows] == [None, 0, None, 2, 2]
+    assert [entries.original(c, rows, "kd fp32") for c in rows] == [None, 0, None, 2, 2]
     renamed = replace(int8, name="small int8")
-    assert lineup.original(renamed, rows, "teacher fp32") is None, "two float files share its role and method"
-    assert lineup.original(renamed, rows[2:], "kd fp32") == 0, "the two rows of one file are no doubt"
+    assert entries.original(renamed, rows, "teacher fp32") is None, "two float files share its role and method"
+    assert entries.original(renamed, rows[2:], "kd fp32") == 0, "the two rows of one file are no doubt"
 
 
 def test_measuring_and_its_metrics_work_without_torch(exam: tuple[File, File], tmp_path: Path) -> None:

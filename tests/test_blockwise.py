@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Outcome
-from edgekd.learn.macs import macs
-from edgekd.learn.pairs import Pair
-from edgekd.learn.surgery import Surgery, operated
+from edgekd.errors import ConfigError
 from edgekd.methods.blockwise import Blockwise, divided, ends, gap
 from edgekd.models.wide_resnet import PLUGIN as WideResNet
+from edgekd.training.architecture_diff import Surgery, operated
+from edgekd.training.feature_method import Pair
+from edgekd.training.macs import macs
 from tests import zoo
 
 

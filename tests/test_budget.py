@@ -9,23 +9,23 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.configuration import BuildConfig, StudentConfig, TeacherConfig
+from edgekd.config import BuildConfig, StudentConfig, TeacherConfig
 from edgekd.core.artifact import File, Weights
-from edgekd.core.task import Arrays, Augment, Content, Source
-from edgekd.core.trial import BenchResult, Contestant, Interval, Measurement
-from edgekd.delivery import shipped
-from edgekd.learn.trainer import TrainConfig
+from edgekd.core.bench_result import BenchResult, Contestant, Interval, Measurement
+from edgekd.core.dataset import Arrays, Augment, Content, Source
 from edgekd.methods.depth_dynamic import DepthDynamic
 from edgekd.models.python import Python
 from edgekd.models.vgg import VGGModel
-from edgekd.pipeline import build
-from edgekd.stages.bench.assign import assigned
-from edgekd.stages.bench.benchmark import BenchConfig
+from edgekd.pipelines.build import build
+from edgekd.pipelines.deploy import shipped
+from edgekd.pipelines.target_probe import Priced
+from edgekd.stages.bench.config import BenchConfig
+from edgekd.stages.bench.selection import assigned
 from edgekd.stages.export.export import ExportConfig
-from edgekd.stages.quantize.calibrate import CalibConfig, CalibrationSet, collect
+from edgekd.stages.quantize.calibration_set import CalibConfig, CalibrationSet, collect
 from edgekd.stages.quantize.quantize import QuantizeConfig
-from edgekd.stages.training.price import Priced
 from edgekd.targets.cpu import Cpu
+from edgekd.training.trainer import TrainConfig
 from tests import zoo
 
 ACCURACY = {"small int8": 0.7, "middle int8": 0.8, "large int8": 0.9, "large fp32": 0.9, "large fp16": 0.9}

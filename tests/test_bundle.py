@@ -17,11 +17,11 @@ from onnx import TensorProto, helper
 from sklearn.datasets import load_digits
 from torch import nn
 
-from edgekd.core import onnx_facts
 from edgekd.core.artifact import File
-from edgekd.core.errors import ConfigError, ModelError, StaleArtifact
-from edgekd.core.ledger import Ledger
-from edgekd.stages.bench.benchmark import BenchConfig
+from edgekd.core.step_cache import Ledger
+from edgekd.errors import ConfigError, ModelError, StaleArtifact
+from edgekd.onnx import inspect
+from edgekd.stages.bench.config import BenchConfig
 from edgekd.stages.bench.runner import runner_path
 from edgekd.stages.device.bundle import Bundle, BundleConfig, Sent, bundle, place
 from edgekd.stages.export.export import ExportConfig, export
@@ -198,7 +198,7 @@ def test_strongly_typed_engines_have_their_precision_in_the_file(made):
         model = onnx.load(made[THOR].folder / engines[name]["model"])
         kinds = {t.data_type for t in model.graph.initializer if len(t.dims) > 1}
         assert kinds == {TensorProto.FLOAT16}
-    assert "QuantizeLinear" in onnx_facts.facts(made[THOR].folder / "models/net-int8.onnx").nodes
+    assert "QuantizeLinear" in inspect.facts(made[THOR].folder / "models/net-int8.onnx").nodes
 
 
 def test_where_flags_choose_the_precision_one_file_serves_fp32_and_fp16(made):
@@ -279,7 +279,7 @@ def foreign(path, nodes, shape=(1, 1, 8, 8), opset=13):
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("image", shape), ("y", None))]
     graph = helper.make_graph(nodes, "foreign", values[:1], values[1:])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=7), path)
-    return Sent("odd", "student", "any", True, onnx_facts.described(path, "odd", 1))
+    return Sent("odd", "student", "any", True, inspect.described(path, "odd", 1))
 
 
 def test_an_operator_that_tensorrt_lacks_stops_the_bundle_by_the_name_of_its_node(files, tmp_path):

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 from torch import nn
 
-from edgekd.core.errors import ConfigError, ParityError
-from edgekd.learn import weights
-from edgekd.stages.export.carry import export_checkpoint
+from edgekd.errors import ConfigError, ParityError
+from edgekd.stages.export.checkpoint import export_checkpoint
 from edgekd.stages.export.export import ExportConfig
+from edgekd.training import checkpoint
 from tests import zoo
 
 
 @pytest.fixture
 def given(tmp_path):
-    weights.save(zoo.Toy(), tmp_path / "toy.safetensors")
+    checkpoint.save(zoo.Toy(), tmp_path / "toy.safetensors")
     images = np.random.default_rng(0).standard_normal((4, 1, 8, 8), np.float32)
     np.save(tmp_path / "images.npy", images)
     return "tests.zoo:Toy", tmp_path / "toy.safetensors", tmp_path / "images.npy", 3
@@ -28,7 +28,7 @@ def test_one_file_comes_out(given, tmp_path):
 def test_a_file_that_fails_parity_is_not_left_behind(given, tmp_path):
     broken = zoo.Toy()
     nn.init.constant_(broken.head.bias, float("nan"))  # equal to nothing, on any processor
-    weights.save(broken, tmp_path / "toy.safetensors")
+    checkpoint.save(broken, tmp_path / "toy.safetensors")
     before = sorted(p.name for p in tmp_path.iterdir())
     (tmp_path / "toy.onnx").write_bytes(b"an older one")
     with pytest.raises(ParityError):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from edgekd.core.artifact import File
-from edgekd.core.errors import ConfigError, DataError
-from edgekd.stages.bench.compare import contestant, true_classes
+from edgekd.errors import ConfigError, DataError
+from edgekd.stages.bench.compare_files import contestant, true_classes
 from tests.test_export import one_node
 
 

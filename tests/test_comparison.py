@@ -15,24 +15,25 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd import comparison
-from edgekd.configuration import BuildConfig, CompareConfig, Rival, StudentConfig, TeacherConfig, configured
-from edgekd.core import onnx_facts, plain, plugins
+from edgekd.config import BuildConfig, CompareConfig, Rival, StudentConfig, TeacherConfig, configured
+from edgekd.core import plugins, serialization
 from edgekd.core.artifact import File
-from edgekd.core.errors import ConfigError, EdgekdError, TrainingError
+from edgekd.core.bench_result import Interval
+from edgekd.core.dataset import Augment
 from edgekd.core.model import Model
-from edgekd.core.task import Augment
-from edgekd.core.trial import Interval
-from edgekd.learn import weights
-from edgekd.learn.trainer import TrainConfig
-from edgekd.pipeline import distilled
-from edgekd.stages.quantize.calibrate import CalibConfig
-from edgekd.stages.report.standings import Run, paired_interval, publish, standings, verdict
-from edgekd.stages.training.contest import Classroom
-from edgekd.stages.training.distill import adopt
-from edgekd.stages.training.grade import grade
-from edgekd.stages.training.lesson import Course
-from edgekd.stages.training.prepare import prepare
+from edgekd.errors import ConfigError, EdgekdError, TrainingError
+from edgekd.onnx import session
+from edgekd.pipelines import compare as compare_module
+from edgekd.pipelines.build import distilled
+from edgekd.stages.distill.dataset import prepare
+from edgekd.stages.distill.distill import adopt
+from edgekd.stages.distill.evaluate import grade
+from edgekd.stages.distill.setup import Course
+from edgekd.stages.distill.worker import Classroom
+from edgekd.stages.quantize.calibration_set import CalibConfig
+from edgekd.stages.report.method_comparison import Run, paired_interval, publish, standings, verdict
+from edgekd.training import checkpoint
+from edgekd.training.trainer import TrainConfig
 from tests import zoo
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +83,7 @@ def toys(tmp_path_factory):
 
 
 def family(function):
-    return plain.load(Model, {"use": "python", "function": f"compared_toys:{function}"})
+    return serialization.load(Model, {"use": "python", "function": f"compared_toys:{function}"})
 
 
 def blobs(**compare):
@@ -98,7 +99,7 @@ def blobs(**compare):
 
 
 def compared(out, config=None, jobs=1):
-    return comparison.compare(config or blobs(), out, jobs, command="edgekd compare blobs")
+    return compare_module.compare(config or blobs(), out, jobs, command="edgekd compare blobs")
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +142,8 @@ def test_without_a_word_kd_is_the_baseline_or_else_the_first():
         (blobs(methods=(ALONE(),), rivals=(hot,)), "alone"),
         (blobs(baseline="alone"), "alone"),
     ):
-        entries = comparison.contenders(config)
-        assert comparison.baseline_row(config, entries, [e.label for e in entries]) == name
+        entries = compare_module.contenders(config)
+        assert compare_module.baseline_row(config, entries, [e.label for e in entries]) == name
 
 
 def test_a_lesson_is_the_one_that_a_build_gives(tmp_path):
@@ -157,7 +158,7 @@ def test_it_is_told_in_three_forms(made):
     text = (out / "compare.md").read_text()
     assert "| alone |" in text and "| kd |" in text and "edgekd compare blobs" in text and "torch" in text
     told = json.loads((out / "compare.json").read_text())
-    assert told["contenders"]["kd"]["method"] == plain.dump(KD())
+    assert told["contenders"]["kd"]["method"] == serialization.dump(KD())
     assert told["standings"][1]["runs"][0]["seconds"] > 0
     svg = (out / "compare.svg").read_text()
     assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
@@ -183,7 +184,7 @@ def test_students_are_marked_by_their_int8_files_too(tmp_path):
     for standing in found.standings[1::2]:
         name = standing.name.removesuffix(" int8")
         (file,) = (tmp_path / "steps").glob(f"quantize-{name}-*/*-int8-dynamic.onnx")
-        right = onnx_facts.answers(file, np.load(inputs)).argmax(1) == np.load(labels)
+        right = session.answers(file, np.load(inputs)).argmax(1) == np.load(labels)
         assert standing.runs[0].readings["top1"] == pytest.approx(100 * right.mean())
         assert standing.runs[0].readings["agreement"] > 90
 
@@ -268,7 +269,7 @@ def test_a_lesson_whose_process_is_killed_says_so(tmp_path):
 def test_a_network_is_graded_by_what_its_task_is_scored_with(tmp_path):
     task = zoo.blobs_task(tmp_path / "data")
     network = zoo.Toy().eval()
-    weights.save(network, tmp_path / "toy.safetensors")
+    checkpoint.save(network, tmp_path / "toy.safetensors")
     trained = adopt(tmp_path, "toy", task, family("small"), File.of(tmp_path / "toy.safetensors"), False)
     graded = grade(tmp_path, trained, task, tuple(plugins.names("metrics")))
     test = task.test.load()
@@ -283,7 +284,7 @@ def test_a_dense_answer_is_graded_by_its_own_metrics(tmp_path):
     task = prepare(tmp_path, plugins.load("data", "scenes")(train=4, valid=2, test=2), None)
     torch.manual_seed(0)
     network = nn.Conv2d(3, 1, 3, padding=1)
-    weights.save(network, tmp_path / "maps.safetensors")
+    checkpoint.save(network, tmp_path / "maps.safetensors")
     trained = adopt(tmp_path, "maps", task, family("maps"), File.of(tmp_path / "maps.safetensors"), False)
     readings = grade(tmp_path, trained, task, tuple(plugins.names("metrics"))).readings
     test = task.test.load()
@@ -343,10 +344,10 @@ def test_only_seeds_that_both_have_are_paired():
 
 def test_several_settings_of_a_method_are_told_apart_by_what_differs():
     plain_kd, hot, nested = KD(), KD(temperature=8.0), Rival("hot", KD(temperature=8.0))
-    assert comparison.labels([plain_kd, ALONE()]) == ["kd", "alone"]
-    assert comparison.labels([plain_kd, hot]) == ["kd(temperature=4.0)", "kd(temperature=8.0)"]
+    assert compare_module.labels([plain_kd, ALONE()]) == ["kd", "alone"]
+    assert compare_module.labels([plain_kd, hot]) == ["kd(temperature=4.0)", "kd(temperature=8.0)"]
     config = blobs(methods=(plain_kd,), rivals=(nested, Rival("big", ALONE(), family("big"))))
-    assert [(c.label, c.model) for c in comparison.contenders(config)] == [
+    assert [(c.label, c.model) for c in compare_module.contenders(config)] == [
         ("kd", family("small")),
         ("hot", family("small")),
         ("big", family("big")),
@@ -355,24 +356,28 @@ def test_several_settings_of_a_method_are_told_apart_by_what_differs():
 
 def test_names_on_the_command_line_choose_settings_from_the_configuration_or_defaults():
     config = blobs(methods=(KD(temperature=8.0),), rivals=(Rival("big", ALONE(), family("big")),))
-    chosen = comparison.entered(config, ("fine_tune", "kd", "big"), 5, "kd")
+    chosen = compare_module.entered(config, ("fine_tune", "kd", "big"), 5, "kd")
     assert chosen.compare.methods == (FINE_TUNE(), KD(temperature=8.0))
     assert chosen.compare.rivals == config.compare.rivals and chosen.compare.seeds == 5
-    assert comparison.entered(config, (), None, None) == config
-    assert [c.label for c in comparison.contenders(comparison.entered(config, ("big",), None, None))] == ["big"]
+    assert compare_module.entered(config, (), None, None) == config
+    assert [c.label for c in compare_module.contenders(compare_module.entered(config, ("big",), None, None))] == ["big"]
 
 
 @pytest.mark.parametrize(
     ("change", "says", "hint"),
     [
-        (lambda: comparison.entered(blobs(), ("alnoe",), None, None), "no method and no rival `alnoe`", "`alone`"),
+        (lambda: compare_module.entered(blobs(), ("alnoe",), None, None), "no method and no rival `alnoe`", "`alone`"),
         (
-            lambda: comparison.entered(blobs(), ("curriculum",), None, None),
+            lambda: compare_module.entered(blobs(), ("curriculum",), None, None),
             "`curriculum` cannot be used with its defaults alone: base is missing",
             "`compare: {methods: [{use: curriculum, ...}]}`",
         ),
-        (lambda: comparison.entered(blobs(), (), 0, None), "seeds is 0", "1 or more"),
-        (lambda: comparison.entered(blobs(), ("kd", "kd"), None, None), "two contenders are called `kd`", "keep one"),
+        (lambda: compare_module.entered(blobs(), (), 0, None), "seeds is 0", "1 or more"),
+        (
+            lambda: compare_module.entered(blobs(), ("kd", "kd"), None, None),
+            "two contenders are called `kd`",
+            "keep one",
+        ),
         (lambda: blobs(rivals=(Rival("kd", ALONE()),)), "two contenders are called `kd`", "another name"),
         (lambda: blobs(baseline="alnoe"), "baseline `alnoe` is not among", "`alone`"),
         (lambda: blobs(methods=()), "no contenders", "alone"),
@@ -389,7 +394,7 @@ def test_mistakes_are_found_before_anything_is_taught(change, says, hint, tmp_pa
 def test_a_yaml_file_can_hold_the_whole_comparison(tmp_path):
     overrides = ("compare.seeds=4", "compare.methods=[{use: kd}]", "compare.rivals=[{name: x, method: {use: alone}}]")
     config = configured("digits", overrides, (), small=False)
-    assert [c.label for c in comparison.contenders(config)] == ["kd", "x"]
+    assert [c.label for c in compare_module.contenders(config)] == ["kd", "x"]
     assert config.compare.seeds == 4
     with pytest.raises(ConfigError, match="seeds is 0"):
         configured("digits", ("compare.seeds=0",), (), small=False)

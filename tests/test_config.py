@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from edgekd.configuration import BuildConfig, configured
-from edgekd.core import config, plain
-from edgekd.core.errors import ConfigError
+from edgekd.config import BuildConfig, configured
+from edgekd.core import config_file, serialization
+from edgekd.errors import ConfigError
 
 
 def digits():
-    return config.read("digits")
+    return config_file.read("digits")
 
 
-@pytest.mark.parametrize("name", config.recipes())
+@pytest.mark.parametrize("name", config_file.recipes())
 def test_every_recipe_is_valid_and_survives_json(name):
-    made = plain.load(BuildConfig, config.read(name))
-    assert plain.load(BuildConfig, json.loads(json.dumps(plain.dump(made)))) == made
+    made = serialization.load(BuildConfig, config_file.read(name))
+    assert serialization.load(BuildConfig, json.loads(json.dumps(serialization.dump(made)))) == made
 
 
 def test_what_the_readme_shows_is_valid(tmp_path):
@@ -73,7 +73,7 @@ def test_a_missing_key_is_named():
     data = digits()
     del data["teacher"]["model"]
     with pytest.raises(ConfigError, match="teacher.model is missing"):
-        plain.load(BuildConfig, data)
+        serialization.load(BuildConfig, data)
 
 
 def test_scientific_notation_is_a_number():
@@ -83,7 +83,7 @@ def test_scientific_notation_is_a_number():
 def test_a_key_that_is_there_twice_is_a_mistake(tmp_path):
     (tmp_path / "c.yaml").write_text("name: a\nname: b\n")
     with pytest.raises(ConfigError, match="`name` is there twice"):
-        config.read(str(tmp_path / "c.yaml"))
+        config_file.read(str(tmp_path / "c.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_key_that_is_there_twice_is_a_mistake(tmp_path):
 )
 def test_a_missing_recipe_names_the_near_one(source, says):
     with pytest.raises(ConfigError) as error:
-        config.read(source)
+        config_file.read(source)
     assert says in str(error.value)
 
 
@@ -123,12 +123,12 @@ def test_every_mistake_comes_with_the_fix(change, hint):
 
 def test_a_date_stays_a_text():
     assert configured("digits", ("name=2026-01-31",), (), False).name == "2026-01-31"
-    assert config.parse("2001-12-14 21:59:43", "here") == "2001-12-14 21:59:43"
+    assert config_file.parse("2001-12-14 21:59:43", "here") == "2001-12-14 21:59:43"
 
 
 def test_a_file_in_another_encoding_is_named(tmp_path):
     (tmp_path / "c.yaml").write_bytes("name: grün".encode("latin-1"))
     with pytest.raises(ConfigError, match="is not a text in UTF-8: byte 8 is 0xfc"):
-        config.read(str(tmp_path / "c.yaml"))
+        config_file.read(str(tmp_path / "c.yaml"))
     (tmp_path / "c.yaml").write_bytes("name: grün".encode())
-    assert config.read(str(tmp_path / "c.yaml")) == {"name": "grün"}
+    assert config_file.read(str(tmp_path / "c.yaml")) == {"name": "grün"}

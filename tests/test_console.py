@@ -8,7 +8,7 @@ import pytest
 LOST = """
 import os, signal, sys, time
 import typer
-from edgekd.console import run
+from edgekd.cli.console import run
 
 app = typer.Typer()
 
@@ -41,7 +41,7 @@ def test_sigterm_after_the_end_of_a_command_changes_nothing():
     """The interpreter takes its time to end; a build that is done must not look like one that was stopped."""
     code = (
         "import atexit, os, signal, sys; sys.argv = ['edgekd', 'list', 'recipes'];"
-        "atexit.register(os.kill, os.getpid(), signal.SIGTERM); from edgekd.cli import main; main()"
+        "atexit.register(os.kill, os.getpid(), signal.SIGTERM); from edgekd.cli.main import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "digits" in done.stdout and not done.stderr

@@ -2,9 +2,9 @@
 
 import platform
 
-from edgekd.core import processor
-from edgekd.core.dialects import DIALECTS
+from edgekd.core.quant_scheme import DIALECTS
 from edgekd.targets.cpu import Cpu, here
+from edgekd.utils import cpu
 
 OTHER = {"x86": "arm", "arm": "x86"}[here()]
 
@@ -37,7 +37,7 @@ def test_weights_have_7_bits_for_an_x86_device_without_vnni_or_that_does_not_tel
 
 
 def test_a_device_like_this_machine_is_the_same_target_and_what_the_user_says_of_it_stands():
-    assert Cpu(threads=2).on(platform.machine(), processor.flags()) == Cpu(threads=2)
+    assert Cpu(threads=2).on(platform.machine(), cpu.flags()) == Cpu(threads=2)
     assert Cpu(arch="x86", vnni=False).on("x86_64", ("avx_vnni",)).dialect.reduce_range
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from edgekd.core.errors import ConfigError, DataError
-from edgekd.core.splits import stratified
-from edgekd.core.task import Arrays, Augment
+from edgekd.core.dataset import Arrays, Augment
 from edgekd.data.digits import Digits
 from edgekd.data.folder import Folder
-from edgekd.learn.feed import Feed, augmented
-from edgekd.stages.training.prepare import prepare
+from edgekd.errors import ConfigError, DataError
+from edgekd.stages.distill.dataset import prepare
+from edgekd.training.dataloader import Feed, augmented
+from edgekd.utils.splits import stratified
 from tests import zoo
 
 

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from edgekd.configuration import configured
+from edgekd.config import configured
 from edgekd.core import plugins
-from edgekd.core.errors import ConfigError
-from edgekd.core.trial import Trial
+from edgekd.core.bench_result import Trial
 from edgekd.data.scenes import FOCAL, Scenes, directions, scene, sphere
-from edgekd.learn.losses import imitation, supervised
+from edgekd.errors import ConfigError
 from edgekd.models.unet import UNetModel
-from edgekd.pipeline import build
-from edgekd.stages.training.prepare import prepare
+from edgekd.pipelines.build import build
+from edgekd.stages.distill.dataset import prepare
+from edgekd.training.losses import imitation, supervised
 
 NAN = float("nan")
 

@@ -8,12 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.core.errors import ConfigError
+from edgekd.core.dataset import Augment
 from edgekd.core.method import Batch, Lesson, play
-from edgekd.core.task import Augment
-from edgekd.learn.norms import norms, reestimate
-from edgekd.learn.subnets import Stage, spread, stages, subnet
-from edgekd.learn.trainer import TrainConfig
+from edgekd.errors import ConfigError
 from edgekd.methods.depth_dynamic import DepthDynamic, attention, gap
 from edgekd.models.imagenet_resnet import ImagenetResNetModel
 from edgekd.models.mobilenet_v2 import MobileNetV2Model
@@ -21,8 +18,11 @@ from edgekd.models.resnet import ResNet
 from edgekd.models.shufflenet import ShuffleNetModel
 from edgekd.models.unet import UNetModel
 from edgekd.models.vgg import VGGModel
-from edgekd.stages.training.distill import distill
-from edgekd.stages.training.lesson import Course
+from edgekd.stages.distill.distill import distill
+from edgekd.stages.distill.setup import Course
+from edgekd.training.batchnorm import norms, reestimate
+from edgekd.training.subnets import Stage, spread, stages, subnet
+from edgekd.training.trainer import TrainConfig
 from tests import zoo
 
 STAGES = [Stage("stage1", 3, 1), Stage("stage2", 3, 1)]

@@ -12,17 +12,18 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from edgekd import cli
-from edgekd.core import dialects, onnx_facts
+from edgekd.cli import main
+from edgekd.core import quant_scheme
 from edgekd.core.artifact import File
-from edgekd.core.errors import ConfigError, ModelError
-from edgekd.core.ledger import Ledger
-from edgekd.core.target import Dialect
+from edgekd.core.quant_scheme import Dialect
+from edgekd.core.step_cache import Ledger
+from edgekd.errors import ConfigError, ModelError
+from edgekd.onnx import session
 from edgekd.stages.export.export import ExportConfig, export
 from edgekd.stages.lint.lint import lint
-from edgekd.stages.quantize.by_name import quantize_by_name
-from edgekd.stages.quantize.cache import tag, write_cache
-from edgekd.stages.quantize.explicit import explicit
+from edgekd.stages.quantize.calibration_cache import tag, write_cache
+from edgekd.stages.quantize.file_api import quantize_by_name
+from edgekd.stages.quantize.qdq import explicit
 from edgekd.stages.quantize.quantize import convert, quantize_with
 from edgekd.stages.quantize.ranges import QuantizeConfig, Ranges, ranges_of
 
@@ -84,7 +85,7 @@ def ranges(exported, images, tmp_path_factory):
 def made(exported, inputs, ranges, tmp_path_factory):
     """A file for each dialect, all from the same statistics."""
     out, source = tmp_path_factory.mktemp("dialects"), exported.single.file.path
-    files = {n: convert(source, out / f"{n}.onnx", inputs, dialects.named(n), ranges).file.path for n in GRAPHS}
+    files = {n: convert(source, out / f"{n}.onnx", inputs, quant_scheme.named(n), ranges).file.path for n in GRAPHS}
     return files | {"dla": write_cache(source, out / "dla.cache", "8.5.2", ranges).file.path}
 
 
@@ -116,16 +117,16 @@ def amax(ranges, name):
 
 
 def test_there_are_five_dialects_and_a_wrong_name_is_answered_with_the_nearest():
-    assert set(dialects.DIALECTS) == {*GRAPHS, "dla"}
+    assert set(quant_scheme.DIALECTS) == {*GRAPHS, "dla"}
     with pytest.raises(ConfigError, match="there is no dialect `tensort`\n\nhint: did you mean `tensorrt`"):
-        dialects.named("tensort")
+        quant_scheme.named("tensort")
 
 
 @pytest.mark.parametrize("optimised", [True, False])
 @pytest.mark.parametrize("name", GRAPHS)
 def test_every_dialect_answers_close_to_the_float_network(exported, made, inputs, name, optimised):
-    want = onnx_facts.answers(exported.single.file.path, inputs)
-    got = onnx_facts.answers(made[name], inputs, optimised)
+    want = session.answers(exported.single.file.path, inputs)
+    got = session.answers(made[name], inputs, optimised)
     assert 0 < np.abs(got - want).max() < 0.05 * np.abs(want).max()
 
 
@@ -140,12 +141,12 @@ def test_all_dialects_tell_the_same_ranges(made, ranges):
 
 
 def test_both_files_of_a_student_are_quantized_from_the_ranges(exported, images, ranges, inputs, tmp_path):
-    both = quantize_with(tmp_path, exported, images, dialects.named("tensorrt"), ranges)
-    single, dynamic = (onnx_facts.answers(m.file.path, inputs) for m in (both.single, both.dynamic))
+    both = quantize_with(tmp_path, exported, images, quant_scheme.named("tensorrt"), ranges)
+    single, dynamic = (session.answers(m.file.path, inputs) for m in (both.single, both.dynamic))
     assert np.abs(single - dynamic).max() < 1e-5 * np.abs(single).max()
     assert both.single.parameters == exported.single.parameters and both.single.precision == "int8"
     (tmp_path / "again").mkdir()
-    again = quantize_with(tmp_path / "again", exported, images, dialects.named("tensorrt"), ranges)
+    again = quantize_with(tmp_path / "again", exported, images, quant_scheme.named("tensorrt"), ranges)
     assert again.single.file.sha256 == both.single.file.sha256
 
 
@@ -173,7 +174,7 @@ def test_openvino_reads_its_dialect_and_answers_alike(made, inputs):
     ov = pytest.importorskip("openvino")
     compiled = ov.Core().compile_model(str(made["openvino"]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     got = np.concatenate([compiled(inputs[i : i + 1])[0].copy() for i in range(len(inputs))])
-    want = onnx_facts.answers(made["openvino"], inputs)
+    want = session.answers(made["openvino"], inputs)
     assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
     kinds = {op.get_element_type().to_string() for op in compiled.get_runtime_model().get_ops() if is_conv(op)}
     assert kinds == {"u8"}  # what the convolutions write: they run in INT8
@@ -339,7 +340,7 @@ def test_dead_channels_get_a_scale_above_zero():
 def test_a_tensor_without_a_range_is_refused(exported, inputs, ranges, tmp_path):
     less = replace(ranges, bounds={n: b for n, b in ranges.bounds.items() if n != "image"})
     with pytest.raises(ModelError, match="edgekd cannot quantize .*no range is known for the tensor `image`"):
-        convert(exported.single.file.path, tmp_path / "q.onnx", inputs, dialects.named("tensorrt"), less)
+        convert(exported.single.file.path, tmp_path / "q.onnx", inputs, quant_scheme.named("tensorrt"), less)
     with pytest.raises(ModelError, match="computes `image`, which is folded away before the calibration"):
         write_cache(exported.single.file.path, tmp_path / "q.cache", "8.5.2", less)
 
@@ -350,7 +351,7 @@ def test_forms_that_tensorrt_does_not_take_are_no_dialects(exported, inputs, ran
     with pytest.raises(ConfigError, match="the form `cache` is TensorRT's"):
         Dialect("int8", symmetric_activation=True, reduce_range=True, form="cache")
     with pytest.raises(ConfigError, match="the form `cache` is no ONNX file"):
-        convert(exported.single.file.path, tmp_path / "q.onnx", inputs, dialects.named("dla"), ranges)
+        convert(exported.single.file.path, tmp_path / "q.onnx", inputs, quant_scheme.named("dla"), ranges)
 
 
 # by name
@@ -378,7 +379,7 @@ def test_the_command_writes_a_calibration_cache(exported, images, made, tmp_path
 def command(monkeypatch, *arguments):
     monkeypatch.setattr("sys.argv", ["edgekd", *arguments])
     with pytest.raises(SystemExit) as left:
-        cli.main()
+        main.main()
     return left.value.code
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from edgekd.cli import app
+from edgekd.cli.main import app
 from edgekd.core import plugins
 from edgekd.stages.doctor import NEEDED, Finding, examine, int8_speed, served, ssh, text
 from edgekd.targets.openvino import OpenVino

@@ -9,23 +9,23 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
-from edgekd import cli
-from edgekd.core import onnx_facts
-from edgekd.core.dialects import named
-from edgekd.core.errors import ConfigError
-from edgekd.core.processor import flags
-from edgekd.stages.explain import causes, look, profile
-from edgekd.stages.explain.causes import Case
-from edgekd.stages.explain.explanation import as_json, described
-from edgekd.stages.explain.fidelity import Loss, losses
-from edgekd.stages.explain.imprecision import accuracy
-from edgekd.stages.explain.islands import KERNELS, islands
+from edgekd.cli import main
+from edgekd.core.quant_scheme import named
+from edgekd.errors import ConfigError
+from edgekd.onnx import inspect
+from edgekd.onnx.graph import View
+from edgekd.stages.explain import explain, ort_profile, speed_causes
+from edgekd.stages.explain.accuracy_causes import accuracy
+from edgekd.stages.explain.explain import VNNI
+from edgekd.stages.explain.float_regions import KERNELS, islands
+from edgekd.stages.explain.layer_error import Loss, losses
 from edgekd.stages.explain.layers import form, layers
-from edgekd.stages.explain.look import VNNI
-from edgekd.stages.lint.graph import View
+from edgekd.stages.explain.result import as_json, described
+from edgekd.stages.explain.speed_causes import Case
 from edgekd.stages.quantize.quantize import QuantizeConfig, quantize_file
 from edgekd.targets._jetpack import jetpack
 from edgekd.targets.cpu import here
+from edgekd.utils.cpu import flags
 
 RANDOM = np.random.default_rng(0)
 CHANNELS, SIZE = 32, 24
@@ -35,9 +35,9 @@ FAST = pytest.mark.skipif(not VNNI & set(flags()), reason="INT8 is not fast on t
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(profile, "SECONDS", 0.1)
-    monkeypatch.setattr(look, "BLOCKS", 4)
-    monkeypatch.setattr(look, "BLOCK_S", 0.02)
+    monkeypatch.setattr(ort_profile, "SECONDS", 0.1)
+    monkeypatch.setattr(explain, "BLOCKS", 4)
+    monkeypatch.setattr(explain, "BLOCK_S", 0.02)
 
 
 class Net:
@@ -124,12 +124,12 @@ def files(tmp_path_factory):
 
 
 def view(path):
-    return View(onnx_facts.load(path), jetpack("6.2"))
+    return View(inspect.load(path), jetpack("6.2"))
 
 
 def case(path, reference=None):
     paths = (path,) if reference is None else (path, reference)
-    own, *base = profile.profiled(paths, inputs(2), 1)
+    own, *base = ort_profile.profiled(paths, inputs(2), 1)
     seen = view(path)
     return Case(form(seen), layers(seen), own, islands(seen, own), *base)
 
@@ -140,7 +140,7 @@ def case(path, reference=None):
 @X86
 @pytest.mark.parametrize("name", ["signed", "signed-qoperator", "tensorrt"])
 def test_signed_activations_are_told_on_x86(files, name):
-    first = causes.speed(case(files[name]))[0]
+    first = speed_causes.speed(case(files[name]))[0]
     assert "signed (int8)" in first.verdict and "ort-x86" in first.switch and "QUInt8" in first.elsewhere
     assert first.share > 0.3
 
@@ -154,14 +154,14 @@ def test_pairs_are_left_around_an_operator_without_an_integer_kernel(files):
     }
     assert len(lost) == 3 and all(one.pairs == 2 for one in lost)
     assert ("c1", "c2") in [one.between[:2] for one in lost]
-    found = causes.speed(seen)
+    found = speed_causes.speed(seen)
     assert "HardSwish (3 places)" in found[0].verdict and "6 Q/DQ" in found[0].verdict
 
 
 def test_dynamic_quantization_is_told(files):
     seen = case(files["dynamic"], files["Relu"])
     assert seen.form == "dynamic" and {layer.activation for layer in seen.layers} == {"dynamic"}
-    assert any("static ranges" in cause.switch for cause in causes.speed(seen))
+    assert any("static ranges" in cause.switch for cause in speed_causes.speed(seen))
 
 
 @X86
@@ -209,7 +209,7 @@ def test_inner_layers_of_a_rescaled_network_are_not_compared(tmp_path):
     for equalize in (False, True):
         made = tmp_path / f"int8-{equalize}.onnx"
         quantize_file(fp32, made, images, named("ort-x86"), QuantizeConfig(equalize=equalize))
-        told = look.explain(made, fp32, tmp_path / "images.npz")
+        told = explain.explain(made, fp32, tmp_path / "images.npz")
         assert bool(told.losses) != equalize
         assert any("rescaled (equalize)" in note for note in told.notes) == equalize
 
@@ -230,17 +230,17 @@ def test_integer_kernels_are_where_they_are_said_to_be(tmp_path, op):
     reads = [net.pair("in", "x")] + ([net.pair("other", "x")] if op in ("Add", "Mul", "Concat", "Sub") else [])
     made = net.node("op", op, *reads, **SETTINGS.get(op, {}))
     path = net.save(tmp_path / "net.onnx", net.pair("out", made))
-    graph = profile.optimised(path, tmp_path / "optimised.onnx", 1)
-    kinds = profile.kinds(graph, profile.original_names(path, graph))
+    graph = ort_profile.optimised(path, tmp_path / "optimised.onnx", 1)
+    kinds = ort_profile.kinds(graph, ort_profile.original_names(path, graph))
     assert ("float" not in kinds) == (op in KERNELS)
 
 
 def test_every_time_belongs_to_a_node_of_the_file(files):
-    own, base = profile.profiled((files["ort-x86"], files["Relu"]), inputs(2), 1)
+    own, base = ort_profile.profiled((files["ort-x86"], files["Relu"]), inputs(2), 1)
     for seen in (own, base):
         named_ones = {o.name for o in seen.operators}
         assert {"c1", "c2", "c3", "fc"} <= named_ones
-        assert all((o.us > 0).all() and o.us.shape == (profile.BLOCKS,) for o in seen.operators)
+        assert all((o.us > 0).all() and o.us.shape == (ort_profile.BLOCKS,) for o in seen.operators)
     assert base.us("integer", "pairs") == 0 and own.us("integer") > 0.5 * own.total_us
 
 
@@ -326,7 +326,7 @@ def test_without_vnni_full_range_weights_are_told(files):
 @X86
 @FAST
 def test_of_a_good_file_nothing_is_wrong(files):
-    told = look.explain(files["ort-x86"], files["Relu"], files["images"])
+    told = explain.explain(files["ort-x86"], files["Relu"], files["images"])
     assert told.causes == ()
     if "too noisy to say" in told.latency:
         assert told.verdicts[0].startswith("no cause was found: ")
@@ -339,7 +339,7 @@ def test_of_a_good_file_nothing_is_wrong(files):
 
 @X86
 def test_a_slow_file_ends_with_its_verdicts(files):
-    told = look.explain(files["signed-qoperator"], files["Relu"])
+    told = explain.explain(files["signed-qoperator"], files["Relu"])
     assert "signed" in told.verdicts[0] and "slower" in told.latency
     layer = next(one for one in told.layers if one.layer.node == "c2_quant")
     assert "slower" in layer.change and layer.int8_us > layer.fp32_us
@@ -348,24 +348,24 @@ def test_a_slow_file_ends_with_its_verdicts(files):
 
 
 def test_for_a_jetson_the_rules_speak(files):
-    refused = look.explain(files["qoperator"], target="jetson", version="5.1")
+    refused = explain.explain(files["qoperator"], target="jetson", version="5.1")
     assert refused.causes[0].about == "refused" and "[operator]" in refused.causes[0].verdict
-    fine = look.explain(files["tensorrt"], target="jetson")
+    fine = explain.explain(files["tensorrt"], target="jetson")
     assert not fine.causes and "TensorRT" in fine.verdicts[0] and fine.latency == ""
 
 
 def test_openvino_tells_what_it_refuses_and_what_it_runs_in_float(files):
     pytest.importorskip("openvino")
-    refused = look.explain(files["qoperator"], target="openvino")
+    refused = explain.explain(files["qoperator"], target="openvino")
     assert [cause.about for cause in refused.causes] == ["refused"] and "QLinear" in refused.causes[0].verdict
-    fine = look.explain(files["tensorrt"], target="openvino")
+    fine = explain.explain(files["tensorrt"], target="openvino")
     assert not fine.causes and next(t for t in fine.times if t.op == "Convolution").float_us == 0
 
 
 def run(monkeypatch, *words):
     monkeypatch.setattr("sys.argv", ["edgekd", *map(str, words)])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        main.main()
     return end.value.code
 
 
@@ -393,4 +393,4 @@ def test_the_command_answers_with_one_line_of_json(files, monkeypatch, capsys):
 
 def test_a_reference_must_be_float(files):
     with pytest.raises(ConfigError, match="is quantized"):
-        look.explain(files["signed"], Path(files["ort-x86"]))
+        explain.explain(files["signed"], Path(files["ort-x86"]))

@@ -10,10 +10,10 @@ from onnx import TensorProto, helper
 from sklearn.datasets import load_digits
 from torch import nn
 
-from edgekd.core import onnx_facts, onnx_files
-from edgekd.core.errors import ConfigError, ExportError, ModelError, ParityError
+from edgekd.errors import ConfigError, ExportError, ModelError, ParityError
 from edgekd.models.resnet import CifarResNet
-from edgekd.stages.export.carry import opset_for
+from edgekd.onnx import inspect, session, writer
+from edgekd.stages.export.checkpoint import opset_for
 from edgekd.stages.export.export import ExportConfig, check_folded, check_form, compare, export, highest_ir
 from edgekd.targets._jetpack import table
 
@@ -84,8 +84,8 @@ def test_both_files_answer_like_torch(exported, network):
 
 def test_the_artefacts_say_what_the_files_are(exported):
     single, dynamic = exported.single, exported.dynamic
-    assert single.input == onnx_facts.TensorSpec("image", (1, 1, 16, 16))
-    assert dynamic.input == onnx_facts.TensorSpec("image", (0, 1, 16, 16))
+    assert single.input == inspect.TensorSpec("image", (1, 1, 16, 16))
+    assert dynamic.input == inspect.TensorSpec("image", (0, 1, 16, 16))
     assert (single.opset, single.ir, single.classes, single.precision) == (20, 10, 10, "fp32")
     assert (single.parameters, single.macs) == (dynamic.parameters, dynamic.macs)
 
@@ -96,7 +96,7 @@ def test_both_files_name_their_tensors_alike(exported):
 
 
 def test_batchnorms_are_folded(exported):
-    assert "BatchNormalization" not in onnx_facts.facts(exported.single.file.path).nodes
+    assert "BatchNormalization" not in inspect.facts(exported.single.file.path).nodes
 
 
 def test_equal_networks_give_equal_bytes(exported, network, tmp_path):
@@ -148,7 +148,7 @@ class Awkward(nn.Module):
 def test_networks_that_compute_with_the_batch_size_export_too(tmp_path):
     torch.manual_seed(0)
     made = export(tmp_path, "awkward", Awkward(), digits(6), (10,), ExportConfig())
-    assert "Shape" not in onnx_facts.facts(made.single.file.path).nodes  # constant, for one image
+    assert "Shape" not in inspect.facts(made.single.file.path).nodes  # constant, for one image
 
 
 # old opsets
@@ -169,7 +169,7 @@ def test_an_old_opset_is_what_was_asked_for_and_answers_like_torch(old, network,
     want = torch_answers(network, digits())
     for model, batch in ((old[opset].single, 1), (old[opset].dynamic, 0)):
         assert (model.opset, model.ir, model.input.shape) == (opset, ir, (batch, 1, 16, 16))
-        found = onnx_facts.check(model.file.path)
+        found = inspect.check(model.file.path)
         assert found.domains == ("",) and "BatchNormalization" not in found.nodes
         assert compare(model.file.path, digits(), want, 1e-4) < 1e-4
 
@@ -190,7 +190,7 @@ def test_equal_networks_give_equal_bytes_at_an_old_opset(old, network, tmp_path)
 def test_networks_that_compute_with_the_batch_size_export_to_an_old_opset_too(tmp_path, capfd):
     torch.manual_seed(0)
     made = export(tmp_path, "awkward", Awkward(), digits(6), (10,), ExportConfig(opset=13))
-    assert "Shape" not in onnx_facts.facts(made.single.file.path).nodes
+    assert "Shape" not in inspect.facts(made.single.file.path).nodes
     assert capfd.readouterr() == ("", "")
 
 
@@ -228,7 +228,7 @@ def test_an_ir_version_that_old_runtimes_do_not_read_stops_the_export(old, tmp_p
     model.ir_version = 8
     onnx.save(model, tmp_path / "new.onnx")
     with pytest.raises(ExportError, match="`new.onnx` has IR version 8, but runtimes of opset 13 may read no more"):
-        check_form(onnx_facts.check(tmp_path / "new.onnx"), tmp_path / "new.onnx", (1, 1, 16, 16), (1, 10), 13)
+        check_form(inspect.check(tmp_path / "new.onnx"), tmp_path / "new.onnx", (1, 1, 16, 16), (1, 10), 13)
 
 
 @pytest.mark.parametrize("opset", [13, 17, 20])
@@ -238,7 +238,7 @@ def test_a_branch_that_a_trace_would_lose_is_refused_at_every_opset(opset, tmp_p
 
 
 def test_an_opset_other_than_asked_stops_the_export(exported):
-    found = onnx_facts.check(exported.single.file.path)
+    found = inspect.check(exported.single.file.path)
     with pytest.raises(ExportError, match="`student.onnx` has opset 20, not 19"):
         check_form(found, exported.single.file.path, (1, 1, 16, 16), (1, 10), opset=19)
 
@@ -247,9 +247,9 @@ def test_a_domain_that_runtimes_may_not_know_stops_the_export(exported, tmp_path
     model = onnx.load(exported.single.file.path)
     model.graph.node.append(helper.make_node("Gelu", ["logits"], ["unused"], domain="com.microsoft"))
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-    onnx_files.write(model, tmp_path / "odd.onnx", {})
+    writer.write(model, tmp_path / "odd.onnx", {})
     with pytest.raises(ExportError, match="operator sets .*com.microsoft"):
-        check_form(onnx_facts.check(tmp_path / "odd.onnx"), tmp_path / "odd.onnx", (1, 1, 16, 16), (1, 10), 20)
+        check_form(inspect.check(tmp_path / "odd.onnx"), tmp_path / "odd.onnx", (1, 1, 16, 16), (1, 10), 20)
 
 
 def test_a_batchnorm_left_behind_a_convolution_stops_the_export(tmp_path):
@@ -313,7 +313,7 @@ def test_settings_out_of_range_are_mistakes(field, value):
 def test_macs_and_parameters_agree_with_pencil_and_paper(
     tmp_path, op, shape, leaving, weights, attributes, macs, parameters
 ):
-    found = onnx_facts.facts(one_node(tmp_path / "one.onnx", op, shape, leaving, *weights, **attributes))
+    found = inspect.facts(one_node(tmp_path / "one.onnx", op, shape, leaving, *weights, **attributes))
     assert (found.macs, found.parameters) == (macs, parameters)
 
 
@@ -346,23 +346,23 @@ def test_constants_that_were_not_trained_are_no_parameters(tmp_path):
         "v": np.ones((3, 8), np.float32),
     }
     path = graph_file(tmp_path / "mixed.onnx", nodes, {"image": [1, 1, 2, 2]}, {"logits": [1, 3]}, weights)
-    assert onnx_facts.facts(path).parameters == 2 + 2 + 24
+    assert inspect.facts(path).parameters == 2 + 2 + 24
 
 
 def test_macs_are_unknown_where_sizes_are(tmp_path):
     path = one_node(tmp_path / "any.onnx", "Conv", [1, 1, "h", "w"], [1, 2, "h", "w"], (2, 1, 1, 1))
-    assert onnx_facts.facts(path).macs is None
+    assert inspect.facts(path).macs is None
     with pytest.raises(ModelError, match="multiply-accumulates .* cannot be counted"):
-        onnx_facts.described(path, "any")
+        inspect.described(path, "any")
 
 
 def test_a_file_that_is_not_there_or_not_onnx_is_named(tmp_path):
     with pytest.raises(ModelError, match=r"there is no file .*gone.onnx"):
-        onnx_facts.facts(tmp_path / "gone.onnx")
+        inspect.facts(tmp_path / "gone.onnx")
     for content in (b"", b"hello world", b"PK\x03\x04 a checkpoint"):
         (tmp_path / "odd.onnx").write_bytes(content)
         with pytest.raises(ModelError, match=r"odd.onnx` is not an ONNX file"):
-            onnx_facts.facts(tmp_path / "odd.onnx")
+            inspect.facts(tmp_path / "odd.onnx")
 
 
 @pytest.mark.parametrize(("entering", "said"), [({"a": [1], "b": [1]}, r"2 inputs \(`a`, `b`\)"), ({}, "0 inputs")])
@@ -370,7 +370,7 @@ def test_one_input_is_needed(tmp_path, entering, said):
     nodes = [helper.make_node("Add", list(entering) or ["w", "w"], ["y"])]
     path = graph_file(tmp_path / "two.onnx", nodes, entering, {"y": [1]}, {"w": np.ones(1, np.float32)})
     with pytest.raises(ModelError, match=said):
-        onnx_facts.facts(path)
+        inspect.facts(path)
 
 
 def test_weights_listed_as_inputs_are_no_inputs(tmp_path):
@@ -378,15 +378,15 @@ def test_weights_listed_as_inputs_are_no_inputs(tmp_path):
     entering = {"image": [1, 1, 2, 2], "w": [1, 1, 1, 1]}
     weights = {"w": np.ones((1, 1, 1, 1), np.float32)}
     path = graph_file(tmp_path / "old.onnx", [node], entering, {"y": [1, 1, 2, 2]}, weights)
-    assert onnx_facts.facts(path).input.name == "image"
+    assert inspect.facts(path).input.name == "image"
 
 
 def test_shapes_that_contradict_each_other_are_refused(tmp_path):
     path = one_node(tmp_path / "wrong.onnx", "MatMul", [1, 4], [1, 3], (5, 3))
     with pytest.raises(ModelError, match="the shapes in .* contradict each other: .*MatMul"):
-        onnx_facts.facts(path)
+        inspect.facts(path)
     with pytest.raises(ModelError, match="is not valid ONNX"):
-        onnx_facts.check(path)
+        inspect.check(path)
 
 
 def test_external_data_that_is_gone_is_named(tmp_path):
@@ -394,7 +394,7 @@ def test_external_data_that_is_gone_is_named(tmp_path):
     onnx.save(onnx.load(path), path, save_as_external_data=True, location="big.data", size_threshold=0)
     (tmp_path / "big.data").unlink()
     with pytest.raises(ModelError, match=r"big.onnx` cannot be read"):
-        onnx_facts.facts(path)
+        inspect.facts(path)
 
 
 # answers
@@ -403,14 +403,14 @@ def test_external_data_that_is_gone_is_named(tmp_path):
 def test_answers_feeds_a_static_batch_in_pieces(tmp_path):
     path = one_node(tmp_path / "four.onnx", "Gemm", [4, 3], [4, 2], (3, 2))
     inputs = np.arange(24, dtype=np.float32).reshape(8, 3)
-    assert np.array_equal(onnx_facts.answers(path, inputs), inputs @ np.ones((3, 2), np.float32))
+    assert np.array_equal(session.answers(path, inputs), inputs @ np.ones((3, 2), np.float32))
     with pytest.raises(ModelError, match="takes 4 inputs at once, which 6 cannot be cut into"):
-        onnx_facts.answers(path, inputs[:6])
+        session.answers(path, inputs[:6])
 
 
 def test_answers_says_what_the_file_takes(exported):
     with pytest.raises(ModelError, match="refuses these inputs"):
-        onnx_facts.answers(exported.single.file.path, np.zeros((2, 3, 16, 16), np.float32))
+        session.answers(exported.single.file.path, np.zeros((2, 3, 16, 16), np.float32))
 
 
 def test_a_file_too_new_for_onnxruntime_is_refused(exported, tmp_path):
@@ -418,4 +418,4 @@ def test_a_file_too_new_for_onnxruntime_is_refused(exported, tmp_path):
     model.ir_version = 99
     onnx.save(model, tmp_path / "new.onnx")
     with pytest.raises(ModelError, match=r"onnxruntime .* does not load"):
-        onnx_facts.answers(tmp_path / "new.onnx", digits(1))
+        session.answers(tmp_path / "new.onnx", digits(1))

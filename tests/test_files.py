@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from edgekd.core.files import save_array
 from edgekd.stages.bench.runner import runner_path
+from edgekd.utils.arrays import save_array
 from tests.test_runner import doubler, job
 
 FULL = "/dev/full"  # a device of Linux on which every write fails like on a full disk

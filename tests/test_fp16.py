@@ -7,7 +7,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-from edgekd.core.errors import ModelError, ParityError
+from edgekd.errors import ModelError, ParityError
 from edgekd.models.resnet import CifarResNet
 from edgekd.stages.export.export import ExportConfig, export
 from edgekd.stages.export.fp16 import bake, plain_answers

@@ -9,11 +9,11 @@ import pytest
 
 from edgekd.core import plugins
 from edgekd.core.artifact import File
-from edgekd.core.errors import ConfigError
+from edgekd.core.bench_result import BenchResult, Contestant, Interval, Measurement, Trial
 from edgekd.core.gate import Gate
-from edgekd.core.trial import BenchResult, Contestant, Interval, Measurement, Trial
+from edgekd.errors import ConfigError
 from edgekd.metrics.p50_ms import P50Ms
-from edgekd.stages.bench.benchmark import BenchConfig
+from edgekd.stages.bench.config import BenchConfig
 from edgekd.stages.bench.gates import check, decide, decisive, exit_code, junit
 from edgekd.stages.bench.intervals import intervals, lost, resampled, share
 

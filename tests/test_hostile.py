@@ -15,14 +15,15 @@ import pytest
 import torch
 from PIL import Image
 
-from edgekd.core import onnx_facts, plugins
+from edgekd.core import plugins
 from edgekd.core.artifact import File
-from edgekd.core.errors import CheckpointError, ConfigError, DataError
 from edgekd.data.folder import LARGEST, Folder
-from edgekd.learn import weights
+from edgekd.errors import CheckpointError, ConfigError, DataError
 from edgekd.models.python import Python
-from edgekd.stages.bench.compare import true_classes
-from edgekd.stages.quantize.calibrate import load_calibration
+from edgekd.onnx import inspect
+from edgekd.onnx.inputs import load_calibration
+from edgekd.stages.bench.compare_files import true_classes
+from edgekd.training import checkpoint
 from tests import zoo
 from tests.standins.commands import command
 
@@ -61,7 +62,7 @@ def test_a_pickle_of_the_old_kind_runs_nothing_either(protocol, tmp_path):
     (tmp_path / "b.pt").write_bytes(pickle.dumps(Writes(tmp_path / "harm"), protocol))
     for name in ("a.pt", "b.pt"):
         with pytest.raises(CheckpointError, match="would run code"):
-            weights.load(zoo.Toy(), tmp_path / name)
+            checkpoint.load(zoo.Toy(), tmp_path / name)
     assert not (tmp_path / "harm").exists()
 
 
@@ -96,7 +97,7 @@ def looping():
 def test_a_checkpoint_of_odd_things_is_refused_in_words(content, tmp_path):
     torch.save(content(), tmp_path / "c.pt")
     with pytest.raises(CheckpointError) as error:
-        weights.load(zoo.Toy(), tmp_path / "c.pt")
+        checkpoint.load(zoo.Toy(), tmp_path / "c.pt")
     assert error.value.hint and error.value.exit_code == 2
 
 
@@ -113,8 +114,8 @@ def test_a_checkpoint_that_would_fill_the_memory_is_read_only_if_it_is_trusted(z
     content = {"model": zoo.Toy().state_dict(), "more": Bytes()}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(CheckpointError, match=r"it asks for `builtins.bytearray`"):
-        weights.load(zoo.Toy(), path)
-    weights.load(zoo.Toy(), path, trust=True)
+        checkpoint.load(zoo.Toy(), path)
+    checkpoint.load(zoo.Toy(), path, trust=True)
 
 
 def test_a_checkpoint_that_unpacks_is_read_only_if_it_is_trusted(tmp_path):
@@ -123,15 +124,15 @@ def test_a_checkpoint_that_unpacks_is_read_only_if_it_is_trusted(tmp_path):
         for part in whole.infolist():
             packed.writestr(part.filename, whole.read(part), zipfile.ZIP_DEFLATED)
     with pytest.raises(CheckpointError, match="d.pt` is compressed"):
-        weights.load(zoo.Toy(), tmp_path / "d.pt")
-    weights.load(zoo.Toy(), tmp_path / "d.pt", trust=True)
+        checkpoint.load(zoo.Toy(), tmp_path / "d.pt")
+    checkpoint.load(zoo.Toy(), tmp_path / "d.pt", trust=True)
 
 
 def broken(path):
     """A checkpoint of both kinds, cut off, emptied, and with bytes turned."""
     torch.save(zoo.Toy().state_dict(), path.with_suffix(".pt"))
     torch.save(zoo.Toy().state_dict(), path.with_suffix(".pth"), _use_new_zipfile_serialization=False)
-    weights.save(zoo.Toy(), path.with_suffix(".safetensors"))
+    checkpoint.save(zoo.Toy(), path.with_suffix(".safetensors"))
     random = np.random.default_rng(0)
     for suffix in (".pt", ".pth", ".safetensors"):
         content = path.with_suffix(suffix).read_bytes()
@@ -152,7 +153,7 @@ def test_a_damaged_checkpoint_is_read_or_refused_in_words(tmp_path):
         path = tmp_path / f"{number}{suffix}"
         path.write_bytes(content)
         try:
-            weights.load(zoo.Toy(), path)
+            checkpoint.load(zoo.Toy(), path)
         except CheckpointError as error:
             assert str(path) in error.what and error.hint
         path.unlink()
@@ -350,7 +351,7 @@ def test_images_that_no_memory_holds_are_refused_before_they_are_kept(root, monk
 
 def test_inputs_of_objects_are_never_unpickled(tmp_path):
     evil = np.array([Writes(tmp_path / "harm")], dtype=object)
-    spec = onnx_facts.TensorSpec("image", (0, 1, 8, 8))
+    spec = inspect.TensorSpec("image", (0, 1, 8, 8))
     np.save(tmp_path / "a.npy", evil)
     np.savez(tmp_path / "b.npz", image=evil)
     np.savez_compressed(tmp_path / "c.npz", image=evil)
@@ -374,7 +375,7 @@ def test_an_array_that_claims_what_it_does_not_hold_is_refused(shape, tmp_path):
             archive.writestr("image.npy", content)
     for name in ("a.npy", "b.npz", "c.npz"):
         with pytest.raises(DataError, match="not a readable"):
-            load_calibration(tmp_path / name, onnx_facts.TensorSpec("image", (0, 1, 8, 8)))
+            load_calibration(tmp_path / name, inspect.TensorSpec("image", (0, 1, 8, 8)))
 
 
 @pytest.mark.parametrize("shape", ["(4,", "(4,), 'x': (", "(-4,)", "(1 << 40,)", "(1099511627776,)", "3"])
@@ -390,4 +391,4 @@ def test_a_compressed_array_that_fills_the_memory_is_refused(tmp_path):
         archive.writestr("image.npy", header("(4, 1, 8, 8)"))
         archive.getinfo("image.npy").file_size = 1 << 40
     with pytest.raises(DataError, match="unpacks to 1100 GB"):
-        load_calibration(tmp_path / "c.npz", onnx_facts.TensorSpec("image", (0, 1, 8, 8)))
+        load_calibration(tmp_path / "c.npz", inspect.TensorSpec("image", (0, 1, 8, 8)))

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from edgekd.configuration import configured
-from edgekd.core import config, onnx_files
+from edgekd.config import configured
+from edgekd.core import config_file
 from edgekd.core.artifact import File
-from edgekd.core.errors import CheckpointError, ConfigError, DataError, EdgekdError, ModelError, StaleArtifact
-from edgekd.core.ledger import Ledger
-from edgekd.core.places import leads_out
+from edgekd.core.step_cache import Ledger
+from edgekd.errors import CheckpointError, ConfigError, DataError, EdgekdError, ModelError, StaleArtifact
+from edgekd.onnx import writer
 from edgekd.stages.device.bundle import Bundle, place
-from edgekd.stages.report import manifest
+from edgekd.stages.report import provenance
 from edgekd.stages.report.verify import verify
+from edgekd.utils.paths import leads_out
 from tests import test_report
 from tests.standins.bundles import make_bundle
 from tests.standins.commands import command
@@ -34,10 +35,10 @@ def sealed(home, **changes):
     (home / "ships" / "cpu").mkdir(parents=True)
     (home / "steps" / "export-1").mkdir(parents=True)
     (home / "report.html").write_text("fine")
-    measured = onnx_files.content(network(), {})
+    measured = writer.content(network(), {})
     told = {"measured": {"cpu": {"files": {"s int8": hashlib.sha256(measured).hexdigest()}, "ships": "s int8"}}}
-    stamp = manifest.digest(told)
-    ships = onnx_files.content(network(), {manifest.STAMP: stamp})
+    stamp = provenance.digest(told)
+    ships = writer.content(network(), {provenance.STAMP: stamp})
     (home / "ships" / "cpu" / "s-int8.onnx").write_bytes(ships)
     (home / "steps" / "export-1" / "s.onnx").write_bytes(measured)
     output = {"file": {"name": "s.onnx", "sha256": hashlib.sha256(measured).hexdigest()}}
@@ -45,7 +46,7 @@ def sealed(home, **changes):
     make_bundle(home / "bundle-cpu")
     names = ["report.html", "ships/cpu/s-int8.onnx", "bundle-cpu/manifest.json"]
     content = {
-        "schema": manifest.SCHEMA,
+        "schema": provenance.SCHEMA,
         "sha256": stamp,
         "provenance": told,
         "files": {name: File.of(home / name).sha256 for name in names},
@@ -158,7 +159,7 @@ def test_a_hostile_manifest_has_nothing_deleted_outside_of_its_build(record, tmp
     (tmp_path / "precious").write_text("mine")
     renamed(home, lambda found: found["files"].update({"ships/../../precious": "0" * 64, "ships/old.onnx": "0" * 64}))
     (home / "ships" / "old.onnx").write_text("old")
-    manifest.certify(replace(record, benches=record.benches[1:]), home, (), {})
+    provenance.certify(replace(record, benches=record.benches[1:]), home, (), {})
     assert (tmp_path / "precious").exists() and not (home / "ships" / "old.onnx").exists()
 
 
@@ -346,7 +347,7 @@ def test_files_that_are_no_configuration_are_refused_quickly(tmp_path, capsys, m
 
 def test_aliases_and_merges_that_say_what_they_mean_are_read():
     text = "base: &base {epochs: 3, lr: 0.1}\none: *base\ntwo: {<<: *base, epochs: 5}\nthree: !!str 5\nfour: ! 6"
-    found = config.parse(text, "here")
+    found = config_file.parse(text, "here")
     base = {"epochs": 3, "lr": 0.1}
     assert found == {"base": base, "one": base, "two": base | {"epochs": 5}, "three": "5", "four": 6}
 

@@ -10,8 +10,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekd.core import onnx_facts, onnx_probe
-from edgekd.core.errors import ModelError
+from edgekd.errors import ModelError
+from edgekd.onnx import inspect, sandbox
 from edgekd.stages.lint.lint import lint
 from tests.standins.commands import command
 from tests.standins.networks import changed, network, value
@@ -220,7 +220,7 @@ def test_a_network_that_harms_is_refused_before_anything_is_computed(name, place
     path = place_for_data / "net.onnx"
     path.write_bytes(make().SerializeToString())
     with pytest.raises(ModelError) as error:
-        onnx_facts.facts(path)
+        inspect.facts(path)
     assert str(path) in error.value.what and says in error.value.what and error.value.hint
     assert error.value.exit_code == 2 and len(error.value.what) < 2000
     assert not any(c in error.value.what for c in ("\x1b", "\u202e")) and "\n" not in error.value.what
@@ -230,12 +230,12 @@ def test_no_claim_of_a_network_fills_the_memory(place_for_data):
     counter, path = Path("/proc/self/clear_refs"), place_for_data / "net.onnx"
     if not counter.exists():
         pytest.skip("the system does not count the memory of a process")
-    onnx_facts.load(saved(network(), path))
+    inspect.load(saved(network(), path))
     counter.write_text("5")
     before = peak_kb()
     for make, _ in NETWORKS.values():
         with pytest.raises(ModelError):
-            onnx_facts.facts(saved(make(), path))
+            inspect.facts(saved(make(), path))
     assert peak_kb() - before < 50_000
 
 
@@ -252,7 +252,7 @@ def test_a_name_that_is_no_text_is_refused(tmp_path):
     content = network().SerializeToString().replace(b"relu", b"re\xff\xfe")
     (tmp_path / "net.onnx").write_bytes(content)
     with pytest.raises(ModelError) as error:
-        onnx_facts.facts(tmp_path / "net.onnx")
+        inspect.facts(tmp_path / "net.onnx")
     assert error.value.hint
 
 
@@ -262,7 +262,7 @@ def test_a_name_that_is_no_text_is_refused(tmp_path):
 def test_what_is_no_network_is_refused(content, tmp_path):
     (tmp_path / "net.onnx").write_bytes(content)
     with pytest.raises(ModelError) as error:
-        onnx_facts.facts(tmp_path / "net.onnx")
+        inspect.facts(tmp_path / "net.onnx")
     assert error.value.hint
 
 
@@ -277,7 +277,7 @@ def test_messages_nested_as_deep_as_one_likes_are_refused(tmp_path):
             inner = bytes([field]) + length + bytes([size]) + inner
     (tmp_path / "net.onnx").write_bytes(b"\x08\x08\x3a" + inner)
     with pytest.raises(ModelError):
-        onnx_facts.facts(tmp_path / "net.onnx")
+        inspect.facts(tmp_path / "net.onnx")
 
 
 def test_harmless_networks_are_read(tmp_path):
@@ -298,13 +298,13 @@ def test_harmless_networks_are_read(tmp_path):
     }
     for name, model in fine.items():
         (tmp_path / f"{name}.onnx").write_bytes(model.SerializeToString())
-        assert onnx_facts.facts(tmp_path / f"{name}.onnx").input.name == "x"
+        assert inspect.facts(tmp_path / f"{name}.onnx").input.name == "x"
 
 
 def test_a_plug_in_of_tensorrt_among_onnx_s_own_operators_is_for_the_lint_to_judge(tmp_path):
     path = tmp_path / "net.onnx"
     onnx.save(network([helper.make_node("EfficientNMS_TRT", ["x"], ["y"])], outputs=[value("y", None)]), path)
-    assert [node.op_type for node in onnx_facts.load(path).graph.node] == ["EfficientNMS_TRT"]
+    assert [node.op_type for node in inspect.load(path).graph.node] == ["EfficientNMS_TRT"]
 
 
 @pytest.mark.parametrize("forks", [True, False])
@@ -323,7 +323,7 @@ def test_the_lint_of_pairs_without_end_has_one(forks, tmp_path):
 
 def test_a_dynamic_size_that_is_written_as_minus_one_is_dynamic(tmp_path):
     onnx.save(changed(lambda m: m.graph.input[0].CopyFrom(value("x", [-1, 3, 8, 8]))), tmp_path / "net.onnx")
-    assert onnx_facts.facts(tmp_path / "net.onnx").input.shape == (0, 3, 8, 8)
+    assert inspect.facts(tmp_path / "net.onnx").input.shape == (0, 3, 8, 8)
 
 
 INPUTS = {
@@ -387,9 +387,9 @@ def test_a_network_without_an_end_is_not_waited_for(tmp_path, monkeypatch):
     tensors = [numpy_helper.from_array(np.array(1 << 62), "m"), numpy_helper.from_array(np.array(True), "yes")]
     loop = helper.make_node("Loop", ["m", "yes", "x"], ["y"], body=body)
     path = saved(network([loop], outputs=[value("y", [1, 3, 8, 8])], tensors=tensors), tmp_path / "n.onnx")
-    monkeypatch.setattr(onnx_probe, "LIMIT_S", 8.0)
+    monkeypatch.setattr(sandbox, "LIMIT_S", 8.0)
     with pytest.raises(ModelError, match="does not answer within 8 s"):
-        onnx_probe.probed(path)
+        sandbox.probed(path)
 
 
 def test_a_network_that_needs_more_memory_than_there_is_is_refused(tmp_path):

@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from edgekd.stages.device.instructions import RUN
+from edgekd.stages.device.bundle_readme import RUN
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgekd.arrival import import_result
-from edgekd.core.errors import ConfigError, EdgekdError
+from edgekd.errors import ConfigError, EdgekdError
+from edgekd.pipelines.import_result import import_result
 from tests import sshd
 
 ROOT = Path(__file__).parent.parent

@@ -2,7 +2,7 @@
 
 import pytest
 
-from edgekd.core.errors import ConfigError
+from edgekd.errors import ConfigError
 from edgekd.targets._jetpack import board, cache_release, jetpack, plan, table
 
 OFFERED = ("4.6", "5.1", "6.0", "6.1", "6.2", "7.0", "7.1", "7.2")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Outcome
-from edgekd.learn.layers import all_cuts, cuts, layers, outputs, unique
-from edgekd.learn.taps import Taps
+from edgekd.errors import ConfigError
 from edgekd.methods.kpn import KPN, Imitation, Route
+from edgekd.training.feature_hooks import Taps
+from edgekd.training.layer_discovery import all_cuts, cuts, layers, outputs, unique
 from tests import zoo
 
 

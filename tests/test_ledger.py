@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from edgekd.core import plain
+from edgekd.core import serialization
 from edgekd.core.artifact import File, Weights
-from edgekd.core.errors import Busy, StaleArtifact
-from edgekd.core.ledger import KEEP, Ledger, code
+from edgekd.core.step_cache import KEEP, Ledger, code
+from edgekd.errors import Busy, StaleArtifact
 from edgekd.methods.kd import KD
 
 
@@ -82,9 +82,9 @@ def test_the_manifest_holds_inputs_output_versions_and_seconds(tmp_path):
 
 
 def test_the_code_of_a_step_is_all_that_it_runs_through():
-    base = code("edgekd.stages.training.prepare")
-    assert base == code("edgekd.stages.training.prepare")
-    assert base["sha256"] != code("edgekd.stages.training.prepare", KD())["sha256"]
+    base = code("edgekd.stages.distill.dataset")
+    assert base == code("edgekd.stages.distill.dataset")
+    assert base["sha256"] != code("edgekd.stages.distill.dataset", KD())["sha256"]
     assert set(base["versions"]) == {"numpy"}
 
 
@@ -93,9 +93,9 @@ def test_foreign_code_is_part_of_the_key(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "theirs.py").write_text("def net(): ...\n")
-    before = code("edgekd.stages.training.prepare", Python("theirs:net"))
+    before = code("edgekd.stages.distill.dataset", Python("theirs:net"))
     (tmp_path / "theirs.py").write_text("def net(): return 1\n")
-    assert code("edgekd.stages.training.prepare", Python("theirs:net")) != before
+    assert code("edgekd.stages.distill.dataset", Python("theirs:net")) != before
     sys.path.remove(str(tmp_path))
 
 
@@ -110,7 +110,7 @@ def test_a_second_build_in_the_same_folder_is_refused_with_the_first_one_s_pid(t
 HOLD = """
 import sys
 from pathlib import Path
-from edgekd.core.ledger import Ledger
+from edgekd.core.step_cache import Ledger
 with Ledger(Path(sys.argv[1])).locked():
     print("held", flush=True)
     sys.stdin.read()
@@ -133,13 +133,14 @@ def test_the_lock_of_a_killed_build_is_gone(tmp_path):
 TEACH = """
 import sys
 from pathlib import Path
-from edgekd.core.ledger import Ledger
-from edgekd.core.task import Augment
-from edgekd.learn.trainer import TrainConfig
-from edgekd.methods.alone import Alone
+from edgekd.core.step_cache import Ledger
+from edgekd.core.dataset import Augment
+from edgekd.training.trainer import TrainConfig
+from edgekd.methods.supervised import Alone
 from edgekd.models.resnet import ResNet
-from edgekd.stages.training.distill import Trained, distill
-from edgekd.stages.training.lesson import Course
+from edgekd.stages.distill.distill import distill
+from edgekd.stages.distill.setup import Course
+from edgekd.training.trained_model import Trained
 from tests import zoo
 
 home = Path(sys.argv[1])
@@ -198,8 +199,8 @@ def test_what_a_step_goes_on_from_stays_until_the_step_is_whole(tmp_path, monkey
 def test_how_weights_came_to_be_is_no_part_of_the_key(tmp_path):
     (tmp_path / "w").write_text("w")
     slow = Weights(File.of(tmp_path / "w"), "s", "kd", 1, 0.5, 100.0)
-    assert plain.facts(slow) == plain.facts(replace(slow, seconds=1.0, valid_accuracy=None))
-    assert plain.dump(slow) != plain.dump(replace(slow, seconds=1.0))
+    assert serialization.facts(slow) == serialization.facts(replace(slow, seconds=1.0, valid_accuracy=None))
+    assert serialization.dump(slow) != serialization.dump(replace(slow, seconds=1.0))
 
 
 def test_other_circumstances_make_anew(tmp_path):
@@ -244,7 +245,7 @@ def test_a_deletion_that_was_interrupted_leaves_nothing_that_looks_whole(tmp_pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("edgekd.core.ledger.shutil.rmtree", lambda place, **more: more or killed(place))
+        patch.setattr("edgekd.core.step_cache.shutil.rmtree", lambda place, **more: more or killed(place))
         Ledger(tmp_path).prune()
     assert Ledger(tmp_path).step("a", Made, make, "x") == made
 

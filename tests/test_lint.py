@@ -7,9 +7,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekd import cli
-from edgekd.core.dialects import named
-from edgekd.core.errors import ConfigError, ModelError
+from edgekd.cli import main
+from edgekd.core.quant_scheme import named
+from edgekd.errors import ConfigError, ModelError
 from edgekd.stages.lint.lint import HARD, SOFT, findings, lint
 from edgekd.stages.quantize.quantize import QuantizeConfig, quantize_file
 from edgekd.targets._jetpack import jetpack, table
@@ -443,7 +443,7 @@ def test_a_float_file_passes(float_file):
 def command(monkeypatch, *arguments):
     monkeypatch.setattr("sys.argv", ["edgekd", "lint", *map(str, arguments)])
     with pytest.raises(SystemExit) as left:
-        cli.main()
+        main.main()
     return left.value.code
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from edgekd.core.artifact import File
-from edgekd.core.errors import EdgekdError
-from edgekd.stages.bench.benchmark import BenchConfig
+from edgekd.errors import EdgekdError
+from edgekd.stages.bench.config import BenchConfig
 from edgekd.stages.bench.runner import runner_path
 from edgekd.stages.device import local
 from edgekd.stages.device.bundle import Bundle

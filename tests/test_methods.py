@@ -9,13 +9,13 @@ import torch
 from torch.nn.utils import parametrize
 
 from edgekd.core import plugins
+from edgekd.core.dataset import Augment
 from edgekd.core.method import Lesson, Method, play
-from edgekd.core.task import Augment
-from edgekd.learn.surgery import difference, operated
-from edgekd.learn.trainer import TrainConfig, freeze
 from edgekd.methods.kd import KD
-from edgekd.stages.training.distill import Played
-from edgekd.stages.training.lesson import Course, a_trainer
+from edgekd.stages.distill.distill import Played
+from edgekd.stages.distill.setup import Course, a_trainer
+from edgekd.training.architecture_diff import difference, operated
+from edgekd.training.trainer import TrainConfig, freeze
 from tests import zoo
 
 EPOCHS = 5

@@ -8,12 +8,9 @@ import pytest
 import torch
 
 from edgekd.core import plugins
-from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Method, Outcome
-from edgekd.learn.fake_quant import Rounding
-from edgekd.learn.losses import soft_kl, standardised
+from edgekd.errors import ConfigError
 from edgekd.methods import multi_teacher
-from edgekd.methods.alone import Alone
 from edgekd.methods.blockwise import Blockwise
 from edgekd.methods.channel_planting import ChannelPlanting
 from edgekd.methods.depth_dynamic import DepthDynamic
@@ -25,6 +22,9 @@ from edgekd.methods.kpn import KPN, Route
 from edgekd.methods.multi_teacher import MultiTeacher, Weighing
 from edgekd.methods.quant_aware import QuantAware
 from edgekd.methods.sparse_match import SparseMatch
+from edgekd.methods.supervised import Alone
+from edgekd.training.fake_quant import Rounding
+from edgekd.training.losses import soft_kl, standardised
 from tests import zoo
 
 COUNT = 6

@@ -5,17 +5,18 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.core import onnx_facts, plain, plugins
+from edgekd.core import plugins, serialization
 from edgekd.core.artifact import File
-from edgekd.core.errors import ConfigError
 from edgekd.core.model import Model
-from edgekd.learn.blocks import Inverted, Join, initialise
-from edgekd.learn.layers import all_cuts, cuts, layers, outputs, unique
-from edgekd.learn.taps import Taps
+from edgekd.errors import ConfigError
+from edgekd.models._blocks import Inverted, Join, initialise
 from edgekd.models.shufflenet import Shuffle
 from edgekd.models.vgg import VGG
+from edgekd.onnx import inspect, session
 from edgekd.stages.export.export import ExportConfig, export
 from edgekd.stages.quantize.quantize import QuantizeConfig, quantize
+from edgekd.training.feature_hooks import Taps
+from edgekd.training.layer_discovery import all_cuts, cuts, layers, outputs, unique
 
 SMALL = {  # of each family, for the tests that run it; 5 halvings where the family has the choice
     "resnet": {"depth": 8, "width": 4},
@@ -33,7 +34,7 @@ HALVED = [pair for pair in EVERY if pair[0] not in ("resnet", "wide_resnet", "vg
 
 
 def family(name, settings):
-    return plain.load(Model, {"use": name, **settings})
+    return serialization.load(Model, {"use": name, **settings})
 
 
 def built(name, settings, channels=1, classes=5):
@@ -289,9 +290,9 @@ def test_exports_and_runs_in_int8(name, settings, tmp_path):
     dialect = plugins.load("targets", "cpu")().dialect
     int8 = quantize(tmp_path, exported, File.of(tmp_path / "images.npz"), dialect, QuantizeConfig())
     assert exported.single.macs == int8.single.macs == macs(network, torch.from_numpy(images[:1]))
-    want = onnx_facts.answers(exported.dynamic.file.path, images)
+    want = session.answers(exported.dynamic.file.path, images)
     for model in (int8.single, int8.dynamic):
-        got = onnx_facts.answers(model.file.path, images)
+        got = session.answers(model.file.path, images)
         assert np.corrcoef((want - want.mean(0)).ravel(), (got - got.mean(0)).ravel())[0, 1] > 0.9
-    found = onnx_facts.facts(exported.dynamic.file.path).nodes
+    found = inspect.facts(exported.dynamic.file.path).nodes
     assert not {"Shape", "Gather", "ConstantOfShape", "If", "Loop"} & set(found), "computes with its batch size"

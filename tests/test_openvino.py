@@ -15,22 +15,24 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekd.core import plain, plugins, processor
+from edgekd.core import plugins, serialization
 from edgekd.core.artifact import File
-from edgekd.core.dialects import DIALECTS
-from edgekd.core.errors import ConfigError, EdgekdError
-from edgekd.core.onnx_facts import answers
+from edgekd.core.bench_result import BenchResult, Contestant
+from edgekd.core.quant_scheme import DIALECTS
 from edgekd.core.target import Target
-from edgekd.core.trial import BenchResult, Contestant
-from edgekd.stages.bench.benchmark import BenchConfig, answer, benchmark
-from edgekd.stages.bench.compare import compare_files, table
+from edgekd.errors import ConfigError, EdgekdError
+from edgekd.onnx.session import answers
+from edgekd.stages.bench.benchmark import answer, benchmark
+from edgekd.stages.bench.compare_files import compare_files, table
+from edgekd.stages.bench.config import BenchConfig
 from edgekd.stages.bench.runner import runner_path
 from edgekd.stages.quantize.quantize import QuantizeConfig, quantize_file
 from edgekd.targets.openvino import OpenVino
+from edgekd.utils import cpu
 
 ROOT = Path(__file__).parent.parent
 QUICK = BenchConfig(blocks=4, calls=5, warmup_s=0.05, metrics=("top1", "agreement", "p50_ms"))
-BY_DEFAULT = "bf16" if {"avx512_bf16", "amx_bf16"} & set(processor.flags()) else "fp32"  # what OpenVINO chooses on x86
+BY_DEFAULT = "bf16" if {"avx512_bf16", "amx_bf16"} & set(cpu.flags()) else "fp32"  # what OpenVINO chooses on x86
 NO_OPENVINO = "openvino is not installed (pip install 'edgekd[openvino]')"
 real = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason=NO_OPENVINO)
 
@@ -181,14 +183,14 @@ def test_files_of_any_origin_are_compared_too(files: dict[str, File], tmp_path: 
 
 
 def test_settings_are_read_strictly() -> None:
-    read = plain.load(Target, {"use": "openvino", "threads": 2, "hint": "throughput", "budget_ms": 1.5})  # type: ignore[type-abstract]
+    read = serialization.load(Target, {"use": "openvino", "threads": 2, "hint": "throughput", "budget_ms": 1.5})  # type: ignore[type-abstract]
     assert read == OpenVino(threads=2, hint="throughput", budget_ms=1.5)
     assert read.options == {"hint": "throughput"} and read.trait == "2t-throughput"
     with pytest.raises(ConfigError, match="threads is 0"):
         OpenVino(threads=0)
     for wrong in ({"hint": "haste"}, {"treads": 1}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
-            plain.load(Target, {"use": "openvino"} | wrong)  # type: ignore[type-abstract]
+            serialization.load(Target, {"use": "openvino"} | wrong)  # type: ignore[type-abstract]
 
 
 def test_without_the_package_the_reason_is_told_and_no_number(

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from edgekd.core import plugins
-from edgekd.core.errors import EdgekdError
 from edgekd.core.method import Batch, Lesson
-from edgekd.learn.trainer import freeze
+from edgekd.errors import EdgekdError
 from edgekd.methods.kd import KD
 from edgekd.models.imagenet_resnet import ImagenetResNetModel
 from edgekd.models.mobilenet_v2 import MobileNetV2Model
@@ -20,6 +19,7 @@ from edgekd.models.resnet import ResNet
 from edgekd.models.shufflenet import ShuffleNetModel
 from edgekd.models.vgg import VGGModel
 from edgekd.models.wide_resnet import WideResNetModel
+from edgekd.training.trainer import freeze
 from tests import zoo
 
 SETTINGS = {

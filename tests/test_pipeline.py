@@ -16,8 +16,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from edgekd.delivery import shipped
-from edgekd.pipeline import summary
+from edgekd.pipelines.build import summary
+from edgekd.pipelines.deploy import shipped
 from edgekd.targets.cpu import Cpu
 from tests.test_regressions import bench, record, row
 

@@ -6,20 +6,20 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.core.errors import ConfigError
+from edgekd.core.dataset import Augment
 from edgekd.core.method import Batch, Lesson, Outcome, play
-from edgekd.core.task import Augment
-from edgekd.learn.macs import macs
-from edgekd.learn.surgery import difference, operated
-from edgekd.learn.trainer import TrainConfig, freeze
-from edgekd.learn.widths import Group, GrownLayer, GrownNorm, groups, grown, merged, named, planted
+from edgekd.errors import ConfigError
 from edgekd.methods.channel_planting import ChannelPlanting, Garden, Seed
 from edgekd.models.mobilenet_v2 import MobileNetV2Model
 from edgekd.models.resnet import ResNet
 from edgekd.models.unet import UNetModel
 from edgekd.models.vgg import VGGModel
-from edgekd.stages.training.distill import Played
-from edgekd.stages.training.lesson import Course, a_trainer
+from edgekd.stages.distill.distill import Played
+from edgekd.stages.distill.setup import Course, a_trainer
+from edgekd.training.architecture_diff import difference, operated
+from edgekd.training.channel_growth import Group, GrownLayer, GrownNorm, groups, grown, merged, named, planted
+from edgekd.training.macs import macs
+from edgekd.training.trainer import TrainConfig, freeze
 from tests import zoo
 
 STUDENTS = {

@@ -8,15 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from edgekd.configuration import configured
-from edgekd.core import plain, plugins
+from edgekd.config import configured
+from edgekd.core import plugins, serialization
 from edgekd.core.artifact import File
+from edgekd.core.dataset import SPLITS, Source
 from edgekd.core.model import Model
-from edgekd.core.target import Dialect, Target
-from edgekd.core.task import SPLITS, Source
-from edgekd.learn import weights
-from edgekd.stages.quantize.calibrate import collect
-from edgekd.stages.training.prepare import prepare
+from edgekd.core.quant_scheme import Dialect
+from edgekd.core.target import Target
+from edgekd.stages.distill.dataset import prepare
+from edgekd.stages.quantize.calibration_set import collect
+from edgekd.training import checkpoint
 
 MODELS = {"python": {"function": "tests.zoo:Toy"}}  # settings that have no default
 DENSE = {"unet", "scenes"}  # their answers are maps
@@ -30,12 +31,12 @@ def test_every_plugin_says_what_it_is(folder, name):
 
 @pytest.mark.parametrize("name", plugins.names("models"))
 def test_a_family_answers_logits_and_survives_its_checkpoint(name, tmp_path):
-    family = plain.load(Model, {"use": name, **MODELS.get(name, {})})
+    family = serialization.load(Model, {"use": name, **MODELS.get(name, {})})
     torch.manual_seed(0)
     made, again = (family.build(classes=3, channels=1).eval() for _ in range(2))
     x = torch.randn(2, 1, 8, 8)
-    weights.save(made, tmp_path / "w.safetensors")
-    weights.load(again, tmp_path / "w.safetensors")
+    checkpoint.save(made, tmp_path / "w.safetensors")
+    checkpoint.load(again, tmp_path / "w.safetensors")
     with torch.no_grad():
         answer = made(x)
         assert answer.shape == ((2, 3, 8, 8) if name in DENSE else (2, 3)) and answer.dtype == torch.float32
@@ -57,7 +58,7 @@ def sources(tmp_path):
 
 @pytest.mark.parametrize("name", plugins.names("data"))
 def test_a_source_gives_three_disjoint_splits_of_all_classes(name, sources):
-    source = plain.load(Source, {"use": name, **sources.get(name, {})})
+    source = serialization.load(Source, {"use": name, **sources.get(name, {})})
     content = source.read(None)
     splits = [getattr(content, split) for split in SPLITS]
     assert len({s.images.shape[1:] for s in splits}) == 1
@@ -78,7 +79,7 @@ def test_a_source_gives_three_disjoint_splits_of_all_classes(name, sources):
 
 @pytest.mark.parametrize("name", plugins.names("targets"))
 def test_a_target_has_a_dialect_and_says_what_is_missing(name):
-    target = plain.load(Target, {"use": name})
+    target = serialization.load(Target, {"use": name})
     assert isinstance(target.dialect, Dialect)
     assert isinstance(target.missing(), str)
     assert isinstance(target.runtime, str)

@@ -12,21 +12,21 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from edgekd import pipeline
-from edgekd.configuration import configured, on_device
-from edgekd.core import onnx_facts
+from edgekd.config import configured, on_device
 from edgekd.core.artifact import File
-from edgekd.core.dialects import DIALECTS
-from edgekd.core.errors import ConfigError, ModelError, ParityError
+from edgekd.core.quant_scheme import DIALECTS
+from edgekd.errors import ConfigError, ModelError, ParityError
+from edgekd.onnx import session
+from edgekd.pipelines import build as build_module
 from edgekd.stages.export.export import ExportConfig, export
 from edgekd.stages.quantize import preparation
-from edgekd.stages.quantize.cache import cache_file
+from edgekd.stages.quantize.calibration_cache import cache_file
+from edgekd.stages.quantize.channel_scaling import Extremes, scale, seams
 from edgekd.stages.quantize.equalize import equalizable, equalizing
 from edgekd.stages.quantize.preparation import extremes, prepare, prepare_file
 from edgekd.stages.quantize.quantize import convert, quantize, quantize_file, ratio_db
 from edgekd.stages.quantize.ranges import QuantizeConfig, calibrate, prepared
-from edgekd.stages.quantize.seams import Extremes, scale, seams
-from edgekd.stages.quantize.smooth import smoothable, smoothing
+from edgekd.stages.quantize.smoothquant import smoothable, smoothing
 from tests.test_quant_aware import pictures
 from tests.test_quantize import foreign, noise
 
@@ -53,7 +53,7 @@ def constants_of(path):
 
 
 def gap(one, other, inputs):
-    want, got = (onnx_facts.answers(path, inputs) for path in (one, other))
+    want, got = (session.answers(path, inputs) for path in (one, other))
     return np.abs(want - got).max() / np.abs(want).max()
 
 
@@ -273,11 +273,11 @@ def test_prepared_files_answer_as_before_and_keep_their_form(made, tmp_path, bui
 def test_one_scale_for_a_whole_weight_is_enough_after_equalization(made, tmp_path):
     files, _, inputs = made(Inverted)
     for name in ("ort-x86", "tensorrt"):
-        want, ratios = onnx_facts.answers(files.dynamic.file.path, pictures(64, 5)), []
+        want, ratios = session.answers(files.dynamic.file.path, pictures(64, 5)), []
         for equalize in (False, True):
             config = QuantizeConfig(per_channel=False, equalize=equalize)
             quantize_file(files.dynamic.file.path, tmp_path / "q.onnx", inputs, DIALECTS[name], config)
-            ratios.append(ratio_db(want, onnx_facts.answers(tmp_path / "q.onnx", pictures(64, 5))))
+            ratios.append(ratio_db(want, session.answers(tmp_path / "q.onnx", pictures(64, 5))))
         assert ratios[1] > ratios[0] + 6
 
 
@@ -316,11 +316,11 @@ def test_smoothing_is_the_formula_of_the_paper(made):
 def test_smoothing_a_transformer_with_outliers_gives_back_what_int8_lost(made, tmp_path, name, per_channel):
     files, images, _ = made(Vision)
     fresh, ratios = pictures(64, 3), []
-    want = onnx_facts.answers(files.dynamic.file.path, fresh)
+    want = session.answers(files.dynamic.file.path, fresh)
     for alpha in (0.0, 0.5):
         config = QuantizeConfig(smooth=alpha, per_channel=per_channel)
         int8 = quantize(tmp_path, files, images, DIALECTS[name], config)
-        ratios.append(ratio_db(want, onnx_facts.answers(int8.dynamic.file.path, fresh)))
+        ratios.append(ratio_db(want, session.answers(int8.dynamic.file.path, fresh)))
         assert gap(int8.single.file.path, int8.dynamic.file.path, fresh) < 0.1  # a step of INT8 here and there
     assert ratios[1] > ratios[0] + 3
 
@@ -336,7 +336,7 @@ def test_channels_that_are_always_0_or_that_no_weight_takes_keep_their_scale(tmp
     model, inputs = onnx.load(path), noise(8, (4, 3))
     found = smoothable(model)
     (factors,) = smoothing(model, found, extremes(model, {"n": -1}, inputs), 0.5).values()
-    normal = onnx_facts.answers(path, inputs)  # of channel 0 alone: y_0 = n_0
+    normal = session.answers(path, inputs)  # of channel 0 alone: y_0 = n_0
     np.testing.assert_allclose(factors, [np.sqrt(np.abs(normal[..., 0]).max() / 2), 1, 1], rtol=1e-5)
 
 
@@ -467,7 +467,7 @@ def test_answers_that_move_are_refused(made, tmp_path, monkeypatch):
 def test_a_build_makes_int8_of_the_prepared_network_and_measures_the_exported_one(tmp_path):
     switches = ("quantize.equalize=true", "quantize.correct_bias=true", "quantize.per_channel=false")
     config = configured("digits", ("student.method={use: alone}", "student.baselines=[]", *switches), ("cpu",), True)
-    record = pipeline.build(config, tmp_path / "out", tmp_path / "calib", "edgekd")
+    record = build_module.build(config, tmp_path / "out", tmp_path / "calib", "edgekd")
     steps = tmp_path / "out" / "steps"
     (suited,) = steps.glob("prepare-int8-alone-*")
     (fp32,) = steps.glob("export-alone-*")

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekd.configuration import BuildConfig, configured
-from edgekd.core import config, plain
+from edgekd.config import BuildConfig, configured
+from edgekd.core import config_file, serialization
 from edgekd.core.artifact import File
-from edgekd.core.errors import ConfigError, EdgekdError, StaleArtifact
-from edgekd.core.ledger import Ledger
+from edgekd.core.step_cache import Ledger
+from edgekd.errors import ConfigError, EdgekdError, StaleArtifact
 from edgekd.stages.device.bundle import Bundle
 from edgekd.stages.device.results import measured, taken
 from edgekd.stages.report.report import read, report
@@ -140,14 +140,14 @@ def home(tmp_path_factory):
 
 
 def test_the_recipe_that_is_spoilt_below_is_whole():
-    assert plain.load(BuildConfig, config.read("digits"))
+    assert serialization.load(BuildConfig, config_file.read("digits"))
 
 
 # configurations
 
 
 @cases(140)
-@given(spoilt(config.read("digits")))
+@given(spoilt(config_file.read("digits")))
 def test_no_table_of_settings_ends_in_anything_but_a_configuration_or_a_sentence(home, table):
     (home / "c.yaml").write_text(json.dumps(table))  # which is YAML, too; tags and aliases are below
     with soon():
@@ -185,7 +185,7 @@ PIECES = (
 @cases(120)
 @given(st.lists(st.sampled_from(PIECES), max_size=25).map("".join), st.booleans())
 def test_no_text_ends_in_anything_but_a_table_or_a_sentence(home, text, after):
-    (home / "t.yaml").write_text((config.text("digits") if after else "") + text, encoding="utf-8")
+    (home / "t.yaml").write_text((config_file.text("digits") if after else "") + text, encoding="utf-8")
     with soon():
         try:
             configured(str(home / "t.yaml"), (), (), False)
@@ -194,7 +194,7 @@ def test_no_text_ends_in_anything_but_a_table_or_a_sentence(home, text, after):
 
 
 @cases(40)
-@given(damaged(config.text("digits").encode()))
+@given(damaged(config_file.text("digits").encode()))
 def test_no_damage_of_a_recipe_ends_in_anything_but_a_configuration_or_a_sentence(home, content):
     (home / "d.yaml").write_bytes(content)
     with soon():
@@ -287,7 +287,7 @@ def test_no_result_of_a_device_becomes_anything_but_a_comparison_or_a_sentence(b
     out.mkdir(exist_ok=True)
     with soon():
         try:
-            plain.dump(measured(out, bundle, taken(folder, bundle), test_results.HOW))
+            serialization.dump(measured(out, bundle, taken(folder, bundle), test_results.HOW))
         except EdgekdError as error:
             assert str(error)
 

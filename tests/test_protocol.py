@@ -15,20 +15,20 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper, save
 from typer.testing import CliRunner
 
-from edgekd.cli import app
-from edgekd.core import plain
+from edgekd.cli.main import app
+from edgekd.core import serialization
 from edgekd.core.artifact import File
-from edgekd.core.errors import ConfigError
+from edgekd.core.bench_result import BenchResult, Contestant, Interval, Measurement, Trial
+from edgekd.core.dataset import Scale
 from edgekd.core.gate import Gate
-from edgekd.core.task import Scale
-from edgekd.core.trial import BenchResult, Contestant, Interval, Measurement, Trial
+from edgekd.errors import ConfigError
 from edgekd.metrics._percentile import at_most, nearest_rank, over_latency
 from edgekd.metrics.p90_at_most_ms import P90AtMostMs
-from edgekd.stages.bench import cold, gates, loads, statistics
-from edgekd.stages.bench.benchmark import BenchConfig, benchmark, noise
-from edgekd.stages.bench.compare import comparisons, table
+from edgekd.stages.bench import cold_start, gates, load, statistics
+from edgekd.stages.bench.benchmark import benchmark, noise
+from edgekd.stages.bench.compare_files import comparisons, table
+from edgekd.stages.bench.config import BenchConfig, Scenario, scenarios
 from edgekd.stages.bench.runner import runner_path
-from edgekd.stages.bench.scenario import Scenario, scenarios
 from edgekd.targets.cpu import Cpu
 from edgekd.targets.openvino import OpenVino
 from tests.standins.bundles import network
@@ -237,7 +237,7 @@ def test_rounds_are_shared_out_to_several_processes_and_every_call_has_its_sessi
         ns, block, session = samples["ns"], samples["block"], samples["session"]
     assert len(ns) == 7 * 2 * 5 and np.unique(block).tolist() == list(range(7))
     assert session[block < 4].tolist() == 40 * [0] and session[block >= 4].tolist() == 30 * [1]
-    assert plain.load(BenchResult, plain.dump(result), tmp_path) == result
+    assert serialization.load(BenchResult, serialization.dump(result), tmp_path) == result
 
 
 def test_the_ratio_of_sessions_is_their_geometric_mean_with_students_interval() -> None:
@@ -342,12 +342,12 @@ def test_a_rate_above_capacity_is_said_to_be_so_within_bounded_time(home: Path, 
     only = result.measurements[0]
     assert only.readings == {} and only.verdict.startswith("cannot keep up: a call takes 0.0")
     assert only.verdict.endswith("one is due every 0.00111 ms") and result.aa is None and result.seconds < 60
-    assert plain.load(BenchResult, plain.dump(result), tmp_path) == result
+    assert serialization.load(BenchResult, serialization.dump(result), tmp_path) == result
 
 
 def test_a_queue_that_grows_to_the_end_of_its_rounds_is_no_latency() -> None:
     steady, growing = np.zeros((4, 100)), np.tile(np.arange(100) * 1e6, (4, 1))  # 1 ms more with every call
-    assert not loads.grew(steady, rate=100.0) and loads.grew(growing, rate=100.0)
+    assert not load.grew(steady, rate=100.0) and load.grew(growing, rate=100.0)
 
 
 # --- throughput ---
@@ -424,13 +424,13 @@ def test_a_gate_can_look_at_memory_where_starts_are_measured(starts: BenchResult
     rows = tuple(replace(m, readings={"p50_ms": 1.0}, intervals={}) for m in starts.measurements)
     main = replace(starts, scenario="", measurements=rows)
     for ships, outcome in (("small", "passed"), ("large", "failed")):
-        whole = replace(cold.with_memory(main, starts), ships=ships)
+        whole = replace(cold_start.with_memory(main, starts), ships=ships)
         assert [d.outcome for d in gates.decide((limit,), (whole, starts))] == [outcome], "main tables decide, once"
 
 
 def test_gates_and_memory_leave_a_model_alone_that_was_not_started(starts: BenchResult) -> None:
     other = Measurement(replace(starts.measurements[0].contestant, name="other"), {}, None, "")
-    assert cold.with_memory(replace(starts, measurements=(other,)), starts).measurements == (other,)
+    assert cold_start.with_memory(replace(starts, measurements=(other,)), starts).measurements == (other,)
 
 
 def test_a_start_that_fails_is_told_in_the_runners_words(home: Path, tmp_path: Path) -> None:

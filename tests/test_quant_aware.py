@@ -12,24 +12,24 @@ from onnxruntime.quantization.quant_utils import compute_scale_zp
 from torch import nn
 from torch.nn import functional as F
 
-from edgekd.core import onnx_facts
 from edgekd.core.artifact import File, Learnt
-from edgekd.core.dialects import DIALECTS
-from edgekd.core.errors import ConfigError, ModelError
+from edgekd.core.dataset import Augment
 from edgekd.core.method import Lesson, Outcome, play
-from edgekd.core.task import Augment
-from edgekd.learn.fake_quant import Rounder, Rounding, affine, rounded_bias, rounded_weight
-from edgekd.learn.graph import Graph
-from edgekd.learn.marks import mark, nearest
-from edgekd.learn.trainer import TrainConfig
-from edgekd.methods.alone import Alone
+from edgekd.core.quant_scheme import DIALECTS
+from edgekd.core.tensor_fingerprint import mark, nearest
+from edgekd.errors import ConfigError, ModelError
 from edgekd.methods.kd import KD
 from edgekd.methods.quant_aware import QuantAware
+from edgekd.methods.supervised import Alone
+from edgekd.onnx import session
+from edgekd.stages.distill.setup import Course, a_trainer
 from edgekd.stages.export.export import ExportConfig, export
-from edgekd.stages.quantize.blueprint import learnt_ranges, marks
+from edgekd.stages.quantize.quant_spec import learnt_ranges, marks
 from edgekd.stages.quantize.quantize import quantize_with
 from edgekd.stages.quantize.ranges import QuantizeConfig, calibrate
-from edgekd.stages.training.lesson import Course, a_trainer
+from edgekd.training.exported_graph import Graph
+from edgekd.training.fake_quant import Rounder, Rounding, affine, rounded_bias, rounded_weight
+from edgekd.training.trainer import TrainConfig
 from tests import zoo
 
 NAMES = ("ort-x86", "ort-arm", "tensorrt")
@@ -260,7 +260,7 @@ def test_the_int8_file_answers_as_the_rounded_network(pair):
     step = np.abs(want).max() / 127
     runs = (False,) if name == "tensorrt" else (False, True)  # of that form onnxruntime makes another one
     for optimised in runs:
-        got = onnx_facts.answers(file, images, optimised)
+        got = session.answers(file, images, optimised)
         assert (got.argmax(1) == want.argmax(1)).mean() >= 0.995
         assert np.abs(got - want).mean() < 0.05 * step
     plain = network(torch.from_numpy(images)).detach().numpy()

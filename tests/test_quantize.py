@@ -9,17 +9,18 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekd.core import onnx_facts
 from edgekd.core.artifact import File, TensorSpec
-from edgekd.core.errors import ConfigError, DataError, ModelError
-from edgekd.core.target import Dialect
+from edgekd.core.quant_scheme import Dialect
 from edgekd.data.digits import Digits
+from edgekd.errors import ConfigError, DataError, ModelError
 from edgekd.models.resnet import CifarResNet
+from edgekd.onnx import inspect, session
+from edgekd.onnx.inputs import load_calibration
+from edgekd.stages.distill.dataset import prepare
 from edgekd.stages.export.export import ExportConfig, export
-from edgekd.stages.quantize.calibrate import CalibConfig, collect, load_calibration
+from edgekd.stages.quantize.calibration_set import CalibConfig, collect
 from edgekd.stages.quantize.quantize import convert, quantize, quantize_file
 from edgekd.stages.quantize.ranges import METHODS, QuantizeConfig, calibrate
-from edgekd.stages.training.prepare import prepare
 from tests.test_export import Awkward
 
 X86 = Dialect("uint8", symmetric_activation=False)
@@ -171,8 +172,8 @@ def test_calibration_files_that_cannot_be_read_say_why(tmp_path):
 
 
 def test_int8_agrees_with_float_on_images_it_has_not_seen(exported, int8, test_inputs):
-    want = onnx_facts.answers(exported.single.file.path, test_inputs)
-    got = onnx_facts.answers(int8.single.file.path, test_inputs)
+    want = session.answers(exported.single.file.path, test_inputs)
+    got = session.answers(int8.single.file.path, test_inputs)
     assert (got.argmax(1) == want.argmax(1)).mean() > 0.97
 
 
@@ -191,7 +192,7 @@ def test_int8_keeps_the_form_of_the_float_file(exported, int8):
         for fact in ("input", "classes", "opset", "ir", "macs", "parameters"):
             assert getattr(after, fact) == getattr(before, fact)
         assert after.file.bytes < before.file.bytes
-        assert onnx_facts.facts(after.file.path).domains == ("",)
+        assert inspect.facts(after.file.path).domains == ("",)
         assert [p.key for p in onnx.load(after.file.path).metadata_props] == ["classes"]
 
 
@@ -232,7 +233,7 @@ def test_the_same_input_gives_the_same_bytes(exported, images, int8, tmp_path):
 def test_every_way_to_find_ranges_keeps_most_answers(exported, images, test_inputs, tmp_path, method):
     path, inputs = exported.single.file.path, load_calibration(images.path, SPEC)
     made = quantize_file(path, tmp_path / "int8.onnx", inputs, X86, QuantizeConfig(method=method))
-    want, got = onnx_facts.answers(path, test_inputs), onnx_facts.answers(made.file.path, test_inputs)
+    want, got = session.answers(path, test_inputs), session.answers(made.file.path, test_inputs)
     assert (got.argmax(1) == want.argmax(1)).mean() > 0.9
 
 
@@ -249,10 +250,10 @@ def test_minmax_finds_the_extremes_of_all_images_and_the_others_less(exported, i
 def test_foreign_files_are_quantized_with_their_batchnorms_folded(tmp_path):
     path, inputs = foreign(tmp_path / "foreign.onnx"), noise()
     made = quantize_file(path, tmp_path / "int8.onnx", inputs, X86, QuantizeConfig())
-    found = onnx_facts.facts(made.file.path)
+    found = inspect.facts(made.file.path)
     assert (made.opset, made.ir, made.input.name, made.classes) == (13, 8, "pixels", 4)
     assert "BatchNormalization" not in found.nodes and found.domains == ("",)
-    want, got = onnx_facts.answers(path, inputs), onnx_facts.answers(made.file.path, inputs)
+    want, got = session.answers(path, inputs), session.answers(made.file.path, inputs)
     assert np.abs(got - want).max() < 0.03 * np.abs(want).max()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["foreign.onnx", "int8.onnx"]  # nothing left behind
 
@@ -264,7 +265,7 @@ def test_networks_that_compute_with_the_batch_size_are_quantized_too(images, tmp
         tmp_path, export(tmp_path, "awkward", Awkward(), inputs, (10,), ExportConfig()), images, X86, QuantizeConfig()
     )
     assert made.single.macs == made.dynamic.macs > 0
-    single, dynamic = (onnx_facts.answers(model.file.path, inputs) for model in (made.single, made.dynamic))
+    single, dynamic = (session.answers(model.file.path, inputs) for model in (made.single, made.dynamic))
     assert np.abs(single - dynamic).max() < 0.02 * np.abs(single).max()
 
 

@@ -13,20 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekd.core import onnx_facts
-from edgekd.core.artifact import File, TensorSpec
-from edgekd.core.dialects import DIALECTS
-from edgekd.core.errors import ConfigError, DataError, ModelError
-from edgekd.core.onnx_facts import Exported
+from edgekd.core.artifact import Exported, File, TensorSpec
+from edgekd.core.quant_scheme import DIALECTS
 from edgekd.data.digits import Digits
+from edgekd.errors import ConfigError, DataError, ModelError
+from edgekd.onnx import inspect, session
+from edgekd.onnx.inputs import load_calibration
+from edgekd.stages.distill.dataset import prepare
 from edgekd.stages.quantize import histogram
-from edgekd.stages.quantize.cache import cache_file
-from edgekd.stages.quantize.calibrate import CalibConfig, collect, load_calibration, own_file
-from edgekd.stages.quantize.choice import most_accurate
+from edgekd.stages.quantize.auto_method import most_accurate
+from edgekd.stages.quantize.calibration_cache import cache_file
+from edgekd.stages.quantize.calibration_set import CalibConfig, collect, own_file
 from edgekd.stages.quantize.histogram import SIDE, Histogram
 from edgekd.stages.quantize.quantize import quantize_file, settled
 from edgekd.stages.quantize.ranges import METHODS, QuantizeConfig, Ranges, best, calibrate, candidates, prepared
-from edgekd.stages.training.prepare import prepare
 
 AUTO = QuantizeConfig("auto")
 FLOATS = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
@@ -227,7 +227,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     onnx.save(model, path)
     script = (
         "import sys; from pathlib import Path; from edgekd.core.artifact import TensorSpec\n"
-        "from edgekd.stages.quantize.ranges import *; from edgekd.stages.quantize.calibrate import load_calibration\n"
+        "from edgekd.stages.quantize.ranges import *; from edgekd.onnx.inputs import load_calibration\n"
         "x = load_calibration(Path(sys.argv[2]), TensorSpec('x', (0, 100000)))\n"
         "calibrate(Path(sys.argv[1]), x, QuantizeConfig('entropy'))\n"
         "print(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])"
@@ -297,7 +297,7 @@ def student(task, tmp_path_factory):
         graph = helper.make_graph(nodes, "g", [entering], [leaving], [numpy_helper.from_array(weight, "w")])
         imports = [helper.make_opsetid("", 20)]
         onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=9), home / f"{name}.onnx")
-        made.append(onnx_facts.described(home / f"{name}.onnx", name, made[0].macs if made else None))
+        made.append(inspect.described(home / f"{name}.onnx", name, made[0].macs if made else None))
     return Exported(*made)
 
 
@@ -315,7 +315,7 @@ def test_a_build_takes_the_ranges_that_are_best_on_validation_images(task, stude
         known = load_calibration(images.path, student.single.input)
         quantize_file(student.dynamic.file.path, file, known, DIALECTS[dialect], QuantizeConfig(chosen.method))
         valid = task.valid.load()
-        right = onnx_facts.answers(file, task.inputs(np.asarray(valid.images))).argmax(1) == valid.labels
+        right = session.answers(file, task.inputs(np.asarray(valid.images))).argmax(1) == valid.labels
         assert chosen.tried[chosen.method] == pytest.approx(100 * right.mean())
     assert most_accurate(tmp_path, student, images, DIALECTS[dialect], {"entropy": found["entropy"]}, task).tried == {}
 
@@ -402,6 +402,6 @@ def test_numbers_that_are_not_finite_are_found_where_they_arise(tmp_path, method
         helper.make_node("Where", ["odd", "a", "r"], ["b"]),
     ]
     path = network(tmp_path / "n.onnx", middle=middle)
-    assert np.isfinite(onnx_facts.answers(path, inputs())).all()
+    assert np.isfinite(session.answers(path, inputs())).all()
     with pytest.raises(ModelError, match="not finite on the calibration inputs, in the tensor `r`"):
         calibrate(path, inputs(), QuantizeConfig(method))

@@ -16,21 +16,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from edgekd.cli import app
-from edgekd.console import run
-from edgekd.core import files
-from edgekd.core.artifact import File
-from edgekd.core.errors import ConfigError, StaleArtifact
-from edgekd.core.files import load_array, load_arrays
+from edgekd.cli.console import run
+from edgekd.cli.main import app
+from edgekd.core.artifact import File, Remembered
+from edgekd.core.bench_result import Interval
+from edgekd.core.build_record import RangesFound, Record
 from edgekd.core.gate import Decision, Gate
-from edgekd.core.mix import Frontier, Marks, Mix
-from edgekd.core.record import RangesFound, Record
-from edgekd.core.trial import Interval
-from edgekd.stages.report.changes import Tolerance
-from edgekd.stages.report.figures import Remembered
-from edgekd.stages.report.reading import read, samples
+from edgekd.core.mixed_precision import Frontier, Marks, Mix
+from edgekd.errors import ConfigError, StaleArtifact
+from edgekd.stages.report.change import Tolerance
+from edgekd.stages.report.load import read, samples
 from edgekd.stages.report.regressions import compared, markdown, summary, text
 from edgekd.stages.report.report import render, report
+from edgekd.utils import arrays as arrays_module
+from edgekd.utils.arrays import load_array, load_arrays
 from tests.standins.edits import edit
 from tests.test_regressions import bench, record, row, written
 
@@ -274,7 +273,7 @@ def test_an_array_that_claims_to_be_huge_is_refused(tmp_path, monkeypatch):
         archive.open("ns.npy", "w", force_zip64=True) as part,
     ):
         part.write(bytes(3 << 20))
-    monkeypatch.setattr(files, "LARGEST", 2 << 20)
+    monkeypatch.setattr(arrays_module, "LARGEST", 2 << 20)
     with pytest.raises(ConfigError, match="would unpack to more than"):
         load_arrays(tmp_path / "b.npz", ("ns",))
 

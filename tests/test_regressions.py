@@ -12,17 +12,16 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
-from edgekd.core import plain
-from edgekd.core.artifact import File, Weights
-from edgekd.core.errors import ConfigError
+from edgekd.core import serialization
+from edgekd.core.artifact import File, Remembered, Weights
+from edgekd.core.bench_result import BenchResult, Contestant, Interval, Machine, Measurement, Runtime
+from edgekd.core.build_record import SCHEMA, DataFacts, Origins, Record
 from edgekd.core.gate import Decision, Gate
-from edgekd.core.record import SCHEMA, DataFacts, Origins, Record
-from edgekd.core.trial import BenchResult, Contestant, Interval, Machine, Measurement, Runtime
+from edgekd.errors import ConfigError
 from edgekd.stages.bench.intervals import share
 from edgekd.stages.bench.statistics import middle, ratio
-from edgekd.stages.report.changes import Change, Tolerance, minus, quotient
-from edgekd.stages.report.figures import Remembered
-from edgekd.stages.report.pair import Pair, table
+from edgekd.stages.report.build_diff import Pair, table
+from edgekd.stages.report.change import Change, Tolerance, minus, quotient
 from edgekd.stages.report.regressions import compared, exit_code, markdown, publish, summary, text
 
 HERE = Machine("CPU", ("avx2", "avx512_vnni"), 2, 23.5, "Linux", "3.11.7")
@@ -71,7 +70,7 @@ def written(home: Path, made: Record) -> Path:
     home.mkdir(parents=True, exist_ok=True)
     rows = [m.contestant.file for b in made.benches for m in b.measurements]
     files = [{"name": f.path.name, "sha256": f.sha256, "bytes": f.size, "what": "ONNX model"} for f in rows]
-    (home / "report.json").write_text(json.dumps({"schema": SCHEMA, **plain.dump(made), "files": files}))
+    (home / "report.json").write_text(json.dumps({"schema": SCHEMA, **serialization.dump(made), "files": files}))
     return home
 
 

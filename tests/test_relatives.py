@@ -11,21 +11,21 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from edgekd.core.errors import ConfigError
+from edgekd.core.dataset import Augment
 from edgekd.core.method import Batch, Lesson, Method, Outcome, Phase, play
-from edgekd.core.task import Augment
-from edgekd.learn.trainer import TrainConfig
+from edgekd.errors import ConfigError
 from edgekd.methods import curriculum, multi_teacher
-from edgekd.methods.alone import Alone
 from edgekd.methods.assistant import Assistant
 from edgekd.methods.channel_planting import ChannelPlanting
 from edgekd.methods.curriculum import Curriculum, Stage
 from edgekd.methods.kd import KD
 from edgekd.methods.kpn import KPN
 from edgekd.methods.multi_teacher import MultiTeacher, Weighing, angles, gap, mixed
+from edgekd.methods.supervised import Alone
 from edgekd.models.resnet import PLUGIN as CifarFamily
-from edgekd.stages.training.distill import Played
-from edgekd.stages.training.lesson import Course, a_trainer
+from edgekd.stages.distill.distill import Played
+from edgekd.stages.distill.setup import Course, a_trainer
+from edgekd.training.trainer import TrainConfig
 from tests import zoo
 
 COUNT = 30

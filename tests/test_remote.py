@@ -19,21 +19,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgekd.configuration import configured
+from edgekd.config import configured
 from edgekd.core.artifact import File
-from edgekd.core.errors import Busy, ConfigError, EdgekdError, StaleArtifact, TargetUnavailable
-from edgekd.core.ledger import Ledger
-from edgekd.core.processor import flags
-from edgekd.delivery import fitted
-from edgekd.stages.bench.benchmark import BenchConfig
+from edgekd.core.step_cache import Ledger
+from edgekd.errors import Busy, ConfigError, EdgekdError, StaleArtifact, TargetUnavailable
+from edgekd.pipelines.deploy import fitted
+from edgekd.stages.bench.config import BenchConfig
 from edgekd.stages.bench.runner import runner_path
 from edgekd.stages.device.bundle import Bundle
-from edgekd.stages.device.follow import Seen
-from edgekd.stages.device.instructions import RUN
+from edgekd.stages.device.bundle_readme import RUN
+from edgekd.stages.device.job_log import Seen
 from edgekd.stages.device.remote import Place, look, measure
 from edgekd.stages.device.results import measured
 from edgekd.stages.device.ssh import Device, Lost, answer, asked, device, porter_path
 from edgekd.targets.cpu import here
+from edgekd.utils.cpu import flags
 from tests import sshd
 from tests.standins.bundles import PROTOCOL, engine, make_bundle, sealed
 

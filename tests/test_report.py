@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgekd.core import plain
+from edgekd.core import formatting, serialization
 from edgekd.core.artifact import EpochRecord, File, OnnxModel, PhaseRecord, TensorSpec, Weights
-from edgekd.core.errors import ConfigError, StaleArtifact
+from edgekd.core.bench_result import BenchResult, Contestant, Interval, Machine, Measurement, Runtime
+from edgekd.core.build_record import DataFacts, Record
 from edgekd.core.gate import Decision, Gate
-from edgekd.core.record import DataFacts, Record
-from edgekd.core.trial import BenchResult, Contestant, Interval, Machine, Measurement, Runtime
-from edgekd.stages.report import figures, manifest, plots, words
+from edgekd.errors import ConfigError, StaleArtifact
+from edgekd.stages.report import plots, provenance, tables
 from edgekd.stages.report.report import read, report
 
 EVIL = "<script>alert(1)</script>"
@@ -254,16 +254,16 @@ def test_every_number_of_every_measurement_is_in_every_format(record, tmp_path):
     page, comment, data = texts(tmp_path / "out")
     for m, told in zip(record.benches[0].measurements, data["benches"][0]["measurements"], strict=True):
         c, r = m.contestant, m.readings
-        shown = [words.percent(r[k], 360).removesuffix(" %") for k in ("top1", "agreement")]
-        shown += [words.figures(r[k]) for k in ("p50_ms", "p90_ms", "p99_ms")]
-        shown += [words.file_size(c.file.bytes), words.count(c.macs), words.count(c.parameters)]
-        shown += [words.interval(m.speedup)] if m.speedup else [m.verdict]
+        shown = [formatting.percent(r[k], 360).removesuffix(" %") for k in ("top1", "agreement")]
+        shown += [formatting.figures(r[k]) for k in ("p50_ms", "p90_ms", "p99_ms")]
+        shown += [formatting.file_size(c.file.bytes), formatting.count(c.macs), formatting.count(c.parameters)]
+        shown += [formatting.interval(m.speedup)] if m.speedup else [m.verdict]
         (row,) = [line for line in comment.splitlines() if line.startswith(f"| {c.name} ")]
         rows = [part.partition("</tr>")[0] for part in page.split(f'<th scope="row">{c.name}')[1:]]
         assert all(text in row.replace("*", "") for text in shown)
-        shown[-1:] = [words.ratio(m.speedup.mid)] if m.speedup else []
+        shown[-1:] = [formatting.ratio(m.speedup.mid)] if m.speedup else []
         assert all(any(text in part for part in rows) for text in shown)
-        assert told == plain.dump(m)
+        assert told == serialization.dump(m)
         assert {"name": c.file.path.name, "sha256": c.file.sha256, "bytes": c.file.bytes} in [
             {k: f[k] for k in ("name", "sha256", "bytes")} for f in data["files"]
         ]
@@ -353,7 +353,7 @@ def test_renders_the_same_bytes_twice_and_again_from_json_when_the_files_are_gon
         model.file.path.unlink()
     record.benches[0].samples.path.unlink()
     again = read(tmp_path / "one" / "report.json")
-    assert plain.dump(again)["models"] == plain.dump(record)["models"]
+    assert serialization.dump(again)["models"] == serialization.dump(record)["models"]
     report(again, tmp_path / "three")
     report(again, tmp_path / "one")
     for name in ("report.html", "report.md", "report.json"):
@@ -393,19 +393,28 @@ def test_works_without_torch(record, tmp_path):
 @pytest.mark.parametrize(
     ("shown", "text"),
     [
-        (words.figures(0.21345), "0.213"), (words.figures(1234.5), "1,234"), (words.figures(0), "0"),
-        (words.count(12_480_000), "12.5 M"), (words.count(640), "640"), (words.file_size(3_700), "3.70 kB"),
-        (words.file_size(12), "12 B"), (words.file_size(None), "size unknown"), (words.points(-0.04, 360), "±0.0"),
-        (words.points(1.25, 5000), "+1.25"), (words.duration(3725), "1 h 2 min"), (words.setting(True), "yes"),
-        (words.label("warmup_s"), "warmup, s"), (words.label("calls_per_block"), "calls per block"),
+        (formatting.figures(0.21345), "0.213"),
+        (formatting.figures(1234.5), "1,234"),
+        (formatting.figures(0), "0"),
+        (formatting.count(12_480_000), "12.5 M"),
+        (formatting.count(640), "640"),
+        (formatting.file_size(3_700), "3.70 kB"),
+        (formatting.file_size(12), "12 B"),
+        (formatting.file_size(None), "size unknown"),
+        (formatting.points(-0.04, 360), "±0.0"),
+        (formatting.points(1.25, 5000), "+1.25"),
+        (formatting.duration(3725), "1 h 2 min"),
+        (formatting.setting(True), "yes"),
+        (formatting.label("warmup_s"), "warmup, s"),
+        (formatting.label("calls_per_block"), "calls per block"),
     ],
-)  # fmt: skip
+)
 def test_writes_numbers_with_three_figures_and_a_unit(shown, text):
     assert shown == text
 
 
 def test_the_report_says_how_ranges_were_found(record, tmp_path):
-    from edgekd.core.record import RangesFound
+    from edgekd.core.build_record import RangesFound
 
     tried = {"minmax": 80.5, "percentile": 81.25}
     told = dataclasses.replace(record, ranges=(RangesFound("<kpn>", "cpu", "percentile", tried),))
@@ -435,11 +444,11 @@ def test_first_table_has_what_most_readers_want_and_a_folded_one_the_rest(record
 
 
 def test_decimal_points_of_a_column_stand_below_each_other():
-    cells = tuple(map(figures.Cell, ("0.0363", "0.420", "12", "–", "1,234.5")))
-    column = figures.aligned(figures.Column("p50_ms", "median", "ms", cells))
+    cells = tuple(map(tables.Cell, ("0.0363", "0.420", "12", "–", "1,234.5")))
+    column = tables.aligned(tables.Column("p50_ms", "median", "ms", cells))
     assert [cell.fill for cell in column.cells] == ["", "3", ".0363", "", "363"]
-    mixed = figures.Column("size", "file", "", (figures.Cell("4.34 MB"), figures.Cell("99 kB")))
-    assert figures.aligned(mixed) == mixed
+    mixed = tables.Column("size", "file", "", (tables.Cell("4.34 MB"), tables.Cell("99 kB")))
+    assert tables.aligned(mixed) == mixed
 
 
 def test_gates_are_told_on_the_first_screen(record, tmp_path):
@@ -480,7 +489,7 @@ def test_other_ways_of_calling_stand_apart_with_what_a_call_holds(record, tmp_pa
 
 def test_says_how_to_find_a_file_that_was_changed(record, tmp_path):
     page = report(record, tmp_path / "out").read_text(encoding="utf-8")
-    assert manifest.digest(manifest.provenance(record)) in page and "edgekd verify DIR" in page
+    assert provenance.digest(provenance.provenance(record)) in page and "edgekd verify DIR" in page
 
 
 def test_all_plots_and_tables_have_names_for_those_who_do_not_see_them(record, tmp_path):
@@ -557,4 +566,4 @@ def grouped_names(weights: Weights) -> set[str]:
 
 
 def test_what_is_no_number_is_told_as_such():
-    assert [words.figures(v) for v in (float("nan"), float("inf"))] == ["nan", "inf"]
+    assert [formatting.figures(v) for v in (float("nan"), float("inf"))] == ["nan", "inf"]

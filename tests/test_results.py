@@ -13,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgekd.core import plain
+from edgekd.core import serialization
 from edgekd.core.artifact import File
-from edgekd.core.errors import ConfigError, EdgekdError, StaleArtifact
-from edgekd.core.trial import BenchResult
-from edgekd.stages.bench.benchmark import BenchConfig
+from edgekd.core.bench_result import BenchResult
+from edgekd.errors import ConfigError, EdgekdError, StaleArtifact
+from edgekd.stages.bench.config import BenchConfig
 from edgekd.stages.device.bundle import Bundle
 from edgekd.stages.device.results import measured, read, taken
 from tests.standins.bundles import CLASSES, engine, make_bundle
@@ -130,7 +130,7 @@ def test_the_board_its_power_mode_and_its_energy_are_told(bundle, tmp_path):
     assert result.measurements[3].readings["net_energy_mj"] == 2.0
     assert result.protocol["power_mode"] == {"name": "25W", "id": 1} and result.protocol["l4t"] == "36.4.3"
     assert result.protocol["locked_clocks"] and result.protocol["kernels_alone_ms"]["student fp16"] == 0.2
-    assert plain.load(BenchResult, plain.dump(result), tmp_path / "out") == result
+    assert serialization.load(BenchResult, serialization.dump(result), tmp_path / "out") == result
 
 
 def test_a_workstation_is_told_with_its_gpu(bundle, tmp_path):
@@ -336,4 +336,4 @@ def test_whatever_is_changed_in_a_result_it_is_refused_in_words_or_told(data, bu
     except EdgekdError as error:
         assert error.hint
         return
-    assert plain.load(BenchResult, plain.dump(result), tmp_path / "out") == result
+    assert serialization.load(BenchResult, serialization.dump(result), tmp_path / "out") == result

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.core.errors import ConfigError
 from edgekd.core.plugins import SHOWN, unknown
-from edgekd.learn.routes import candidates, named
-from edgekd.learn.taps import Taps
+from edgekd.errors import ConfigError
+from edgekd.training.feature_hooks import Taps
+from edgekd.training.layer_matching import candidates, named
 from tests import zoo
 
 X = torch.randn(2, 1, 8, 8)

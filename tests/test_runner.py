@@ -15,8 +15,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekd.core import processor
 from edgekd.stages.bench.runner import runner_path
+from edgekd.utils import cpu
 
 SOURCE = runner_path().read_text()
 PROTOCOL = {"blocks": 3, "calls": 4, "warmup_s": 0.02, "warmup_calls": 10, "seed": 0, "spinning": True}
@@ -62,14 +62,14 @@ def test_the_source_is_python_3_6_with_numpy_and_a_runtime_only() -> None:
 
 def test_it_looks_for_the_same_processor_flags_as_the_package() -> None:
     found = re.search(r'TELLING = "(.*)"\.split', SOURCE)
-    assert found and tuple(found[1].split()) == processor.TELLING
+    assert found and tuple(found[1].split()) == cpu.TELLING
 
 
 def test_doctor_says_what_the_machine_is() -> None:
     ran = subprocess.run([sys.executable, str(runner_path()), "doctor"], capture_output=True, text=True, check=True)
     told = json.loads(ran.stdout)
     assert told["missing"] == [] and set(told["versions"]) >= {"numpy", "onnxruntime"}
-    assert told["machine"]["cores"] >= 1 and told["machine"]["flags"] == list(processor.flags())
+    assert told["machine"]["cores"] >= 1 and told["machine"]["flags"] == list(cpu.flags())
 
 
 def test_doctor_names_what_is_missing_and_the_remedy() -> None:

@@ -16,9 +16,9 @@ import numpy as np
 import onnx
 import pytest
 
-from edgekd.core import processor
 from edgekd.stages.bench.runner import runner_path
 from edgekd.targets._jetpack import table
+from edgekd.utils import cpu
 from tests.standins import bundles
 from tests.standins.bundles import PROTOCOL, engine, found, make_bundle, run, sealed, start
 
@@ -431,7 +431,7 @@ def test_openvino_is_served_by_the_same_commands(tmp_path: Path) -> None:
         assert code == 0, lines
     assert found(home, "verify")["engines"][0]["passes"] and found(home, "bench")["runtime"]["name"] == "openvino"
     exact, default = (model["precision"] for model in found(home, "bench")["models"][:2])
-    assert exact == "fp32" and default == ("bf16" if {"avx512_bf16", "amx_bf16"} & set(processor.flags()) else "fp32")
+    assert exact == "fp32" and default == ("bf16" if {"avx512_bf16", "amx_bf16"} & set(cpu.flags()) else "fp32")
 
 
 def test_the_models_in_bundles_of_this_file_are_whole(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from edgekd.core import plain
-from edgekd.core.record import SCHEMA
-from edgekd.stages.report.reading import read
-from edgekd.stages.report.schema import schema, text
+from edgekd.core import serialization
+from edgekd.core.build_record import SCHEMA
+from edgekd.stages.report.json_schema import schema, text
+from edgekd.stages.report.load import read
 from tests.test_reading import whole
 from tests.test_regressions import bench, record, row, written
 
@@ -37,7 +37,7 @@ def test_the_published_schema_is_that_of_the_code():
 
 
 def test_it_is_printed_and_builds_are_compared_without_torch():
-    name = "'edgekd.stages.report.schema', run_name='__main__'"
+    name = "'edgekd.stages.report.json_schema', run_name='__main__'"
     code = f"import sys, runpy; sys.modules['torch'] = None; runpy.run_module({name}); import {COMPARES}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == text()
@@ -69,7 +69,7 @@ def test_every_key_is_described_and_further_ones_are_let_through(tmp_path):
     assert set(found) == set(schema()["properties"]) >= set(schema()["required"])
     (tmp_path / "report.json").write_text(json.dumps(found | {"later": 1}))
     validator().validate(found | {"later": 1})
-    assert plain.dump(read(tmp_path / "report.json")) == plain.dump(made)
+    assert serialization.dump(read(tmp_path / "report.json")) == serialization.dump(made)
 
 
 @pytest.mark.slow

@@ -11,23 +11,24 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from edgekd.cli import app
-from edgekd.configuration import configured
-from edgekd.core import onnx_facts, plain
+from edgekd.cli.main import app
+from edgekd.config import configured
+from edgekd.core import serialization
 from edgekd.core.artifact import File
-from edgekd.core.dialects import DIALECTS
-from edgekd.core.errors import ConfigError, ModelError
-from edgekd.core.mix import Frontier, Layer, Marks, Mix
-from edgekd.core.trial import Interval, Trial
+from edgekd.core.bench_result import Interval, Trial
+from edgekd.core.mixed_precision import Frontier, Layer, Marks, Mix
+from edgekd.core.quant_scheme import DIALECTS
+from edgekd.errors import ConfigError, ModelError
+from edgekd.onnx import inspect
 from edgekd.stages.export.export import ExportConfig, export
-from edgekd.stages.quantize.cache import cache_file
-from edgekd.stages.quantize.floats import chosen, layers, staying
-from edgekd.stages.quantize.mix import cheapest, mixed, unmet, worth
+from edgekd.stages.mixed_precision.search import cheapest, mixed, unmet, worth
+from edgekd.stages.mixed_precision.sensitivity import Exam, Subject, drop, ranked
+from edgekd.stages.quantize.calibration_cache import cache_file
+from edgekd.stages.quantize.float_layers import chosen, layers, staying
 from edgekd.stages.quantize.preparation import dialect_for
 from edgekd.stages.quantize.quantize import convert, quantize, quantize_file
 from edgekd.stages.quantize.ranges import QuantizeConfig, calibrate, prepared
-from edgekd.stages.quantize.sensitivity import Exam, Subject, drop, ranked
-from edgekd.stages.report import frontier as told
+from edgekd.stages.report import mixed_precision as told
 from edgekd.targets.cpu import Cpu
 from edgekd.targets.jetson import Jetson
 from tests.test_report import EVIL, record  # noqa: F401  (a fixture)
@@ -152,8 +153,8 @@ def test_integers_leave_no_pair_around_a_float_layer_that_can_do_without(staged,
     assert around(file, "stem.0", path)[:2] == (["", ""], ["Relu"])  # image and weight as they are; one kernel with it
     sources, readers, output = around(file, "head", path)
     assert sources == ["ReduceMean", ""] and not readers and output == "logits"
-    full = onnx_facts.facts(convert(path, tmp_path / "y.onnx", x, DIALECTS["ort-x86"], ranges).file.path).nodes
-    assert onnx_facts.facts(file).nodes["QuantizeLinear"] < full["QuantizeLinear"]
+    full = inspect.facts(convert(path, tmp_path / "y.onnx", x, DIALECTS["ort-x86"], ranges).file.path).nodes
+    assert inspect.facts(file).nodes["QuantizeLinear"] < full["QuantizeLinear"]
 
 
 def test_a_float_layer_between_integers_is_float_in_the_runtime_too(staged, tmp_path):
@@ -169,7 +170,7 @@ def test_a_float_layer_between_integers_is_float_in_the_runtime_too(staged, tmp_
         options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
         options.log_severity_level = 3
         ort.InferenceSession(str(tmp_path / "x.onnx"), options, providers=["CPUExecutionProvider"])
-        counts.append(onnx_facts.load(tmp_path / "optimised.onnx").graph.node)
+        counts.append(inspect.load(tmp_path / "optimised.onnx").graph.node)
     found = [sum(n.op_type in ("Conv", "FusedConv") for n in nodes) for nodes in counts]
     assert found == [0, 1, 2]
 
@@ -197,7 +198,7 @@ def test_pairs_stand_neither_at_a_float_layer_nor_on_the_skip_beside_it(staged, 
     convert(path, tmp_path / "all.onnx", x, DIALECTS["tensorrt"], ranges)
     convert(path, tmp_path / "x.onnx", x, DIALECTS["tensorrt"], ranges, floats=("stage1.1.branch.0",))
     assert around(tmp_path / "x.onnx", "stage1.1.branch.0", path)[0] == ["Add", ""]
-    pairs = [onnx_facts.facts(tmp_path / f"{name}.onnx").nodes["QuantizeLinear"] for name in ("all", "x")]
+    pairs = [inspect.facts(tmp_path / f"{name}.onnx").nodes["QuantizeLinear"] for name in ("all", "x")]
     assert pairs[0] - pairs[1] >= 2  # of its weight, and of its input and skip, which are one tensor
     skipped = [n for n in graph_of(tmp_path / "x.onnx")[0].node if n.op_type == "Add"]
     assert "DequantizeLinear" not in [graph_of(tmp_path / "x.onnx")[1][name].op_type for name in skipped[1].input]
@@ -270,8 +271,8 @@ def test_a_limit_frees_the_ruined_layer_and_no_other(student, task, tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """Few timed calls."""
-    from edgekd.stages.bench.benchmark import BenchConfig
-    from edgekd.stages.quantize import mix as module
+    from edgekd.stages.bench.config import BenchConfig
+    from edgekd.stages.mixed_precision import search as module
 
     few = BenchConfig(blocks=3, calls=8, warmup_s=0.01, metrics=("p50_ms",), sessions=1)
     monkeypatch.setattr(module, "SINGLES", few)
@@ -288,7 +289,7 @@ def test_prices_are_measured_where_the_target_is(student, task, tmp_path, quick)
     assert (
         found.mixes[0].price.mid == 1 and found.fp32.mid > 0 and found.machine and found.runtime.name == "onnxruntime"
     )
-    assert plain.load(Frontier, plain.dump(found)) == found
+    assert serialization.load(Frontier, serialization.dump(found)) == found
     assert (tmp_path / "layers" / "samples.npz").exists() and not list(tmp_path.rglob("*.onnx"))
 
 
@@ -431,7 +432,7 @@ def test_a_command_ranks_the_layers_of_any_file(student, task, tmp_path, quick):
     assert found["chosen"] == 0 or found["mixes"][found["chosen"]]["price"]["high"] < 1
     assert "where 90 are allowed" in found["verdict"]
     kept = json.loads((tmp_path / "out" / "sensitivity.json").read_text())
-    assert plain.load(Frontier, kept).images == len(valid.labels)
+    assert serialization.load(Frontier, kept).images == len(valid.labels)
     page = (tmp_path / "out" / "sensitivity.md").read_text()
     assert "| stage2.0 | Conv |" in page and "![](sensitivity.svg)" in page
     svg = (tmp_path / "out" / "sensitivity.svg").read_text()

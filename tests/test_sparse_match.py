@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Outcome
-from edgekd.learn.pairs import Pair
-from edgekd.learn.sparse import SparseLayer
+from edgekd.errors import ConfigError
 from edgekd.methods.sparse_match import SparseMatch, match, spread
 from edgekd.models.mobilenet_v2 import MobileNetV2Model
 from edgekd.models.resnet import ResNet
 from edgekd.models.unet import UNetModel
+from edgekd.training.feature_method import Pair
+from edgekd.training.sparse_coding import SparseLayer
 from tests import zoo
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, play
-from edgekd.learn.subnets import Stage, stages, subnet
-from edgekd.learn.surgery import difference, operated
+from edgekd.errors import ConfigError
 from edgekd.methods.depth_dynamic import DepthDynamic
+from edgekd.training.architecture_diff import difference, operated
+from edgekd.training.subnets import Stage, stages, subnet
 from tests import zoo
 
 

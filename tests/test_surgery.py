@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.core.errors import ModelError
-from edgekd.learn.surgery import Surgery, difference, operated
+from edgekd.errors import ModelError
 from edgekd.models.resnet import ResNet
+from edgekd.training.architecture_diff import Surgery, difference, operated
 
 
 def test_an_unchanged_network_needs_no_surgery():

@@ -7,16 +7,16 @@ from dataclasses import replace
 import onnx
 import pytest
 
-from edgekd import cli
-from edgekd.configuration import configured, on_device
-from edgekd.core import plain
-from edgekd.core.dialects import DIALECTS
-from edgekd.core.errors import ConfigError
+from edgekd.cli import main
+from edgekd.config import configured, on_device
+from edgekd.core import serialization
+from edgekd.core.quant_scheme import DIALECTS
 from edgekd.core.target import Target
-from edgekd.delivery import builds, named
-from edgekd.methods.alone import Alone
+from edgekd.errors import ConfigError
+from edgekd.methods.supervised import Alone
 from edgekd.models.resnet import ResNet
-from edgekd.pipeline import build, headline, summary
+from edgekd.pipelines.build import build, headline, summary
+from edgekd.pipelines.deploy import builds, named
 from edgekd.targets.cpu import Cpu
 from edgekd.targets.jetson import Jetson
 from edgekd.targets.tensorrt import TensorRt
@@ -66,7 +66,7 @@ def test_what_does_not_exist_or_fit_is_refused_before_anything_is_built():
         ({"jetpak": "6.2"}, "did you mean `jetpack`"),
     ):
         with pytest.raises(ConfigError) as refused:
-            plain.load(Target, {"use": "jetson", **settings})
+            serialization.load(Target, {"use": "jetson", **settings})
         assert says in str(refused.value)
 
 
@@ -99,7 +99,7 @@ def test_a_mistake_on_the_command_line_ends_with_code_2(words, says, capsys, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["edgekd", *words])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     assert ended.value.code == 2 and says in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 

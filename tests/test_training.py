@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from edgekd.core.artifact import File
-from edgekd.core.errors import CheckpointError, ConfigError, DataError, TrainingError
+from edgekd.core.dataset import Augment
 from edgekd.core.method import Lesson, Method, Phase
 from edgekd.core.model import Model
-from edgekd.core.task import Augment
-from edgekd.learn import weights
-from edgekd.learn.losses import soft_kl
-from edgekd.learn.trainer import TrainConfig, diverged, finite
-from edgekd.methods.alone import Alone
+from edgekd.errors import CheckpointError, ConfigError, DataError, TrainingError
+from edgekd.methods.supervised import Alone
 from edgekd.models.python import Python
 from edgekd.models.resnet import ResNet
-from edgekd.stages.training.distill import adopt, distill, introduce
-from edgekd.stages.training.lesson import Course, a_trainer, check_answers
+from edgekd.stages.distill.distill import adopt, distill, introduce
+from edgekd.stages.distill.setup import Course, a_trainer, check_answers
+from edgekd.training import checkpoint
+from edgekd.training.losses import soft_kl
+from edgekd.training.trainer import TrainConfig, diverged, finite
 from tests import zoo
 
 
@@ -121,14 +121,14 @@ def a_net():
 def test_a_state_dict_is_found_however_it_is_wrapped(wrap, tmp_path):
     source, other = a_net(), a_net()
     torch.save(wrap(source.state_dict()), tmp_path / "c.pt")
-    weights.load(other, tmp_path / "c.pt")
+    checkpoint.load(other, tmp_path / "c.pt")
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), other.parameters(), strict=True))
 
 
 def test_weights_survive_safetensors(tmp_path):
     source, other = a_net().to(memory_format=torch.channels_last), a_net()
-    weights.save(source, tmp_path / "w.safetensors")
-    weights.load(other, tmp_path / "w.safetensors")
+    checkpoint.save(source, tmp_path / "w.safetensors")
+    checkpoint.load(other, tmp_path / "w.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), other.parameters(), strict=True))
 
 
@@ -146,10 +146,10 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
     with (tmp_path / "evil.pt").open("wb") as stream:
         pickle.dump({"state_dict": Payload(tmp_path / "harm")}, stream, protocol=2)
     with pytest.raises(CheckpointError):
-        weights.load(a_net(), tmp_path / "evil.pt")
+        checkpoint.load(a_net(), tmp_path / "evil.pt")
     torch.save({"x": Payload(tmp_path / "harm")}, tmp_path / "evil2.pt")
     with pytest.raises(CheckpointError, match="would run code") as error:
-        weights.load(a_net(), tmp_path / "evil2.pt")
+        checkpoint.load(a_net(), tmp_path / "evil2.pt")
     assert "trust: true" in error.value.hint
     assert not (tmp_path / "harm").exists()
 
@@ -166,7 +166,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
 def test_a_checkpoint_that_does_not_fit_is_named(content, says, tmp_path):
     torch.save(content(), tmp_path / "c.pt")
     with pytest.raises(CheckpointError) as error:
-        weights.load(a_net(), tmp_path / "c.pt")
+        checkpoint.load(a_net(), tmp_path / "c.pt")
     assert says in str(error.value)
 
 
@@ -174,9 +174,9 @@ def test_a_checkpoint_that_does_not_fit_is_named(content, says, tmp_path):
 def test_a_file_that_is_no_checkpoint_is_named(name, tmp_path):
     (tmp_path / name).write_bytes(b"nothing of the kind")
     with pytest.raises(CheckpointError):
-        weights.load(a_net(), tmp_path / name)
+        checkpoint.load(a_net(), tmp_path / name)
     with pytest.raises(ConfigError, match="there is no checkpoint"):
-        weights.load(a_net(), tmp_path / f"no-{name}")
+        checkpoint.load(a_net(), tmp_path / f"no-{name}")
 
 
 def a_lesson(tmp_path, student, teachers=()):
@@ -283,8 +283,8 @@ class Tied(torch.nn.Module):
 
 def test_tied_weights_and_parts_called_module_survive(tmp_path):
     source, other = Tied(), Tied()
-    weights.save(source, tmp_path / "w.safetensors")
-    weights.load(other, tmp_path / "w.safetensors")
+    checkpoint.save(source, tmp_path / "w.safetensors")
+    checkpoint.load(other, tmp_path / "w.safetensors")
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in source.state_dict().items())
 
 
@@ -294,11 +294,11 @@ def test_a_trusted_checkpoint_whose_class_is_gone_is_named(code):
     (code / "own_gone.py").write_text("")
     importlib.reload(sys.modules["own_gone"]).__dict__.pop("Gone")
     with pytest.raises(CheckpointError, match="holds objects whose code is not here"):
-        weights.load(a_net(), code / "c.pt", trust=True)
+        checkpoint.load(a_net(), code / "c.pt", trust=True)
     del sys.modules["own_gone"]
     (code / "own_gone.py").unlink()
     with pytest.raises(CheckpointError, match="holds objects whose code is not here"):
-        weights.load(a_net(), code / "c.pt", trust=True)
+        checkpoint.load(a_net(), code / "c.pt", trust=True)
 
 
 def test_more_labels_than_there_are_is_refused(tmp_path):

@@ -6,29 +6,29 @@ import numpy as np
 import pytest
 import torch
 
-from edgekd.configuration import BuildConfig, StudentConfig, TeacherConfig, configured
-from edgekd.core.errors import ConfigError, DataError
-from edgekd.core.ledger import Ledger
+from edgekd.config import BuildConfig, StudentConfig, TeacherConfig, configured
+from edgekd.core.dataset import Arrays, Augment
 from edgekd.core.method import Lesson
-from edgekd.core.task import Arrays, Augment
+from edgekd.core.step_cache import Ledger
 from edgekd.data.folder import Folder
-from edgekd.learn.pairs import Pair
-from edgekd.learn.teachers import answering, answering_classes
-from edgekd.learn.trainer import TrainConfig, right
-from edgekd.methods.alone import Alone
+from edgekd.errors import ConfigError, DataError
 from edgekd.methods.channel_planting import ChannelPlanting
 from edgekd.methods.fine_tune import FineTune
 from edgekd.methods.fitnet import FitNet
 from edgekd.methods.kd import KD
 from edgekd.methods.kpn import KPN, Route
 from edgekd.methods.multi_teacher import MultiTeacher
+from edgekd.methods.supervised import Alone
 from edgekd.models.resnet import ResNet
-from edgekd.pipeline import build, distilled, tasks
-from edgekd.stages.bench.benchmark import BenchConfig
-from edgekd.stages.quantize.calibrate import CalibConfig
-from edgekd.stages.training.distill import Trained
-from edgekd.stages.training.lesson import Course, few, knows
+from edgekd.pipelines.build import build, distilled, tasks
+from edgekd.stages.bench.config import BenchConfig
+from edgekd.stages.distill.setup import Course, few, knows
+from edgekd.stages.quantize.calibration_set import CalibConfig
 from edgekd.targets.cpu import Cpu
+from edgekd.training.feature_method import Pair
+from edgekd.training.teachers import answering, answering_classes
+from edgekd.training.trained_model import Trained
+from edgekd.training.trainer import TrainConfig, right
 from tests.pictures import write_folder
 
 QUICK = TrainConfig(batch=16, precision="fp32")

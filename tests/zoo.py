@@ -8,13 +8,13 @@ import numpy as np
 from torch import Tensor, nn
 
 from edgekd.core.artifact import File
-from edgekd.core.dialects import DIALECTS
+from edgekd.core.dataset import Arrays, Augment, Content, Source, Task
 from edgekd.core.model import Model
-from edgekd.core.task import Arrays, Augment, Content, Source, Task
+from edgekd.core.quant_scheme import DIALECTS
+from edgekd.pipelines.target_probe import draft
+from edgekd.stages.distill.dataset import prepare
 from edgekd.stages.export.export import ExportConfig
-from edgekd.stages.quantize.blueprint import draft
 from edgekd.stages.quantize.ranges import QuantizeConfig
-from edgekd.stages.training.prepare import prepare
 
 CLASSES = 3
 

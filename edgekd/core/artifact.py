@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+from uuid import uuid4
 
-from edgekd.core.errors import StaleArtifact
+from edgekd.errors import StaleArtifact
 
 Precision = Literal["fp32", "fp16", "int8"]
 Floats = Literal["fp32", "default"]  # what a runtime is asked to compute float operations in; default: its own choice
@@ -135,3 +137,37 @@ class OnnxModel:
     ir: int
     parameters: int
     macs: int  # multiply-accumulates of convolutions and matrix products, one image
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One network as two ONNX files with the same tensor names: batch 1 for the edge, dynamic batch for evaluation."""
+
+    single: OnnxModel
+    dynamic: OnnxModel
+
+
+@dataclass(frozen=True)
+class Remembered(File):
+    """A file as report.json remembers it: the file itself may be gone."""
+
+    size: int | None  # bytes
+
+
+def size(file: File) -> int | None:
+    """Bytes, or None if the file is gone and nobody wrote its size down."""
+    if isinstance(file, Remembered):
+        return file.size
+    return file.bytes if file.path.exists() else None
+
+
+def replace_files(files: Iterable[File], home: Path) -> None:
+    """Copy files to where people look for them, each whole or not at all; two builds may do so at once."""
+    home.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        partial = home / f"{file.path.name}.{uuid4().hex[:8]}.partial"
+        try:
+            shutil.copyfile(file.path, partial)
+            partial.replace(home / file.path.name)
+        finally:
+            partial.unlink(missing_ok=True)

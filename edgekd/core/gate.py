@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from edgekd.core.errors import ConfigError
+from edgekd.core.bench_result import Interval
 from edgekd.core.settings import Settings
-from edgekd.core.trial import Interval
+from edgekd.errors import ConfigError
 
 Outcome = Literal["passed", "failed", "undecided"]
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from edgekd.core.artifact import Learnt, Mark
-from edgekd.core.errors import EdgekdError
+from edgekd.core.artifact import Learnt
 from edgekd.core.model import Model
+from edgekd.core.quant_spec import Blueprint
 from edgekd.core.settings import Plugin
-from edgekd.core.target import Dialect
+from edgekd.errors import EdgekdError
 
 if TYPE_CHECKING:  # core never imports torch when it runs: `edgekd bench` works without it
     from torch import Tensor, nn
@@ -53,25 +53,6 @@ class Outcome:
 
     losses: dict[str, float]  # mean of each named loss
     accuracy: float | None  # of lesson.student, 0 to 1; None if the phase does not train it
-
-
-@dataclass(frozen=True)
-class Rounded:
-    """A tensor that the INT8 file of a network rounds, with all that are rounded in the same steps."""
-
-    marks: tuple[Mark, ...]  # the tensor's own first
-    low: float  # calibrated range
-    high: float
-    readers: tuple[Mark, ...] | None  # who takes it rounded, by their weights, else by their outputs; None: everyone
-
-
-@dataclass(frozen=True)
-class Blueprint:
-    """What the INT8 file of a network rounds, and how."""
-
-    dialect: Dialect
-    tensors: tuple[Rounded, ...]
-    weights: tuple[tuple[Mark, bool], ...]  # BatchNorms folded in; with a scale for each output channel or for all
 
 
 def not_here(model: Model) -> nn.Module:

@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from edgekd.core.errors import ConfigError
-from edgekd.core.foreign import foreign
+from edgekd.errors import ConfigError
+from edgekd.utils.external import foreign
 
 FOLDERS = ("methods", "models", "data", "targets", "metrics")
 SHOWN = 20  # names that an error lists: a network has hundreds of layers

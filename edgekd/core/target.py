@@ -8,41 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from edgekd.core.artifact import Floats
-from edgekd.core.errors import ConfigError
+from edgekd.core.quant_scheme import Dialect
 from edgekd.core.settings import Plugin
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from edgekd.core.method import Blueprint
+    from edgekd.core.quant_spec import Blueprint
 
 
-Form = Literal["integers", "pairs", "cache"]
 Engine = Literal["fp32", "fp16", "int8"]
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """The INT8 that a runtime executes fast. Weights are always signed and symmetric.
-
-    `integers`: weights and biases are stored as integers, Q/DQ nodes stand around every operator onnxruntime knows.
-    `pairs`: weights and biases stay float; Q/DQ pairs stand before weighted operators and the skips of Adds only.
-    `cache`: the network stays float, and the scales are in TensorRT's calibration cache.
-    """
-
-    activation: Literal["int8", "uint8"]
-    symmetric_activation: bool
-    per_channel: bool = True
-    reduce_range: bool = False  # 7-bit weights, for processors whose INT8 products saturate
-    form: Form = "integers"
-
-    def __post_init__(self) -> None:
-        signed = self.activation == "int8" and self.symmetric_activation
-        if self.form != "integers" and (self.reduce_range or not signed):
-            raise ConfigError(
-                f"the form `{self.form}` is TensorRT's, which takes signed symmetric full-range INT8 only",
-                hint="use activation int8, symmetric_activation true, reduce_range false",
-            )
 
 
 @dataclass(frozen=True)

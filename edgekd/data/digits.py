@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgekd.core.errors import ConfigError
-from edgekd.core.splits import stratified
-from edgekd.core.task import Arrays, Augment, Content, Source
+from edgekd.core.dataset import Arrays, Augment, Content, Source
+from edgekd.errors import ConfigError
+from edgekd.utils.splits import stratified
 
 TEST, VALID = 450, 270  # about 25 % and 15 % of 1,797
 SPLIT_SEED = 0  # the splits are fixed: results on them can be compared

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgekd.core.artifact import File
-from edgekd.core.errors import ConfigError, DataError
-from edgekd.core.foreign import foreign
-from edgekd.core.places import leads_out
+from edgekd.core.dataset import Arrays, Augment, Content, Source
 from edgekd.core.plugins import unknown
-from edgekd.core.progress import bar
-from edgekd.core.splits import stratified
-from edgekd.core.task import Arrays, Augment, Content, Source
+from edgekd.errors import ConfigError, DataError
+from edgekd.utils.external import foreign
+from edgekd.utils.paths import leads_out
+from edgekd.utils.progress import bar
+from edgekd.utils.splits import stratified
 
 if TYPE_CHECKING:
     from PIL.Image import Image

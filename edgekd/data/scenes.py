@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgekd.core.errors import ConfigError
-from edgekd.core.progress import bar
-from edgekd.core.task import Arrays, Augment, Content, Source
+from edgekd.core.dataset import Arrays, Augment, Content, Source
+from edgekd.errors import ConfigError
+from edgekd.utils.progress import bar
 
 FOCAL = 1.1  # in image widths
 FAR = 8.0  # metres, at most: the back wall

@@ -25,11 +25,11 @@ import torch
 from torch import nn
 
 from edgekd.core import plugins
-from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Outcome, Phase, Script
 from edgekd.core.model import Model
-from edgekd.learn.teachers import teacher
-from edgekd.learn.trainer import freeze, right
+from edgekd.errors import ConfigError
+from edgekd.training.teachers import teacher
+from edgekd.training.trainer import freeze, right
 
 SHOWN = "assistant accuracy"  # beside the losses on validation data
 

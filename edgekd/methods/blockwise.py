@@ -35,17 +35,17 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
-from edgekd.learn.layers import Layer, cuts, homes, outputs, unique
-from edgekd.learn.losses import check_shares, check_temperature, imitation, supervised
-from edgekd.learn.macs import macs
-from edgekd.learn.pairs import Pair
-from edgekd.learn.routes import Candidate, named
-from edgekd.learn.subnets import stages
-from edgekd.learn.surgery import Surgery, operated
-from edgekd.learn.taps import Taps
-from edgekd.learn.teachers import answers_all, columns, teacher
+from edgekd.errors import ConfigError
+from edgekd.training.architecture_diff import Surgery, operated
+from edgekd.training.feature_hooks import Taps
+from edgekd.training.feature_method import Pair
+from edgekd.training.layer_discovery import Layer, cuts, homes, outputs, unique
+from edgekd.training.layer_matching import Candidate, named
+from edgekd.training.losses import check_shares, check_temperature, imitation, supervised
+from edgekd.training.macs import macs
+from edgekd.training.subnets import stages
+from edgekd.training.teachers import answers_all, columns, teacher
 
 Path: TypeAlias = tuple[int, ...]  # for each block how many repeats fewer its candidate has
 TaskLoss: TypeAlias = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]

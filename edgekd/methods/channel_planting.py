@@ -35,13 +35,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Outcome, Phase, Script
-from edgekd.learn.losses import check_shares, check_temperature, imitation, supervised
-from edgekd.learn.macs import macs
-from edgekd.learn.teachers import answering, answers_all
-from edgekd.learn.trainer import right
-from edgekd.learn.widths import Group, groups, grown, merged, named, planted
+from edgekd.errors import ConfigError
+from edgekd.training.channel_growth import Group, groups, grown, merged, named, planted
+from edgekd.training.losses import check_shares, check_temperature, imitation, supervised
+from edgekd.training.macs import macs
+from edgekd.training.teachers import answering, answers_all
+from edgekd.training.trainer import right
 
 LEAST = 2  # epochs of a step: one to try candidates, one to teach the best
 STUDENT = "student"  # in the names of losses, where a single network learns

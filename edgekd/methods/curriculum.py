@@ -36,9 +36,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
-from edgekd.learn.teachers import answering, columns
+from edgekd.errors import ConfigError
+from edgekd.training.teachers import answering, columns
 
 
 @dataclass(frozen=True)

@@ -31,13 +31,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
-from edgekd.learn.losses import check_shares, check_temperature, check_weights, imitation, precise, supervised
-from edgekd.learn.norms import reestimate
-from edgekd.learn.subnets import Depth, Stage, spread, stages, subnet
-from edgekd.learn.taps import Taps
-from edgekd.learn.teachers import answering, columns
+from edgekd.errors import ConfigError
+from edgekd.training.batchnorm import reestimate
+from edgekd.training.feature_hooks import Taps
+from edgekd.training.losses import check_shares, check_temperature, check_weights, imitation, precise, supervised
+from edgekd.training.subnets import Depth, Stage, spread, stages, subnet
+from edgekd.training.teachers import answering, columns
 
 REESTIMATED = 64  # batches of training images
 IMITATION = 0.9  # as in kd

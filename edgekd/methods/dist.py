@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
-from edgekd.learn.losses import check_temperature, check_weights, standardised, supervised
-from edgekd.learn.teachers import answering_classes
+from edgekd.training.losses import check_temperature, check_weights, standardised, supervised
+from edgekd.training.teachers import answering_classes
 
 EPSILON = 1e-8  # a constant column correlates with nothing
 

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
-from edgekd.learn.losses import check_temperature, check_weights, standardised, supervised
-from edgekd.learn.teachers import answering_classes
+from edgekd.errors import ConfigError
+from edgekd.training.losses import check_temperature, check_weights, standardised, supervised
+from edgekd.training.teachers import answering_classes
 
 NEVER = -1000.0  # a logit that softmax makes 0 of, without the NaN that KL makes of minus infinity
 

@@ -12,10 +12,10 @@ from typing import ClassVar
 
 from torch import nn
 
-from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
-from edgekd.learn.losses import supervised
-from edgekd.learn.teachers import teacher
+from edgekd.errors import ConfigError
+from edgekd.training.losses import supervised
+from edgekd.training.teachers import teacher
 
 
 @dataclass(frozen=True)

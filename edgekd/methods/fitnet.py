@@ -22,12 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Phase, Script
-from edgekd.learn.losses import check_weights
-from edgekd.learn.pairs import Both, FeatureMethod, equal_pairs
-from edgekd.learn.routes import Candidate
-from edgekd.learn.teachers import teacher
+from edgekd.errors import ConfigError
+from edgekd.training.feature_method import Both, FeatureMethod, equal_pairs
+from edgekd.training.layer_matching import Candidate
+from edgekd.training.losses import check_weights
+from edgekd.training.teachers import teacher
 
 
 @dataclass(frozen=True)

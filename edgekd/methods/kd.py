@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
-from edgekd.learn.losses import check_temperature, check_weights, imitation, labels_weight, supervised
-from edgekd.learn.teachers import answering
+from edgekd.training.losses import check_temperature, check_weights, imitation, labels_weight, supervised
+from edgekd.training.teachers import answering
 
 
 @dataclass(frozen=True)

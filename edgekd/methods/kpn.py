@@ -46,13 +46,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
 from edgekd.core.settings import Settings
-from edgekd.learn.losses import check_shares, check_temperature, check_weights, imitation, precise, soft_kl, supervised
-from edgekd.learn.routes import Candidate, candidates, check_partners, named
-from edgekd.learn.taps import Taps
-from edgekd.learn.teachers import columns, teacher
+from edgekd.errors import ConfigError
+from edgekd.training.feature_hooks import Taps
+from edgekd.training.layer_matching import Candidate, candidates, check_partners, named
+from edgekd.training.losses import (
+    check_shares,
+    check_temperature,
+    check_weights,
+    imitation,
+    precise,
+    soft_kl,
+    supervised,
+)
+from edgekd.training.teachers import columns, teacher
 
 MOMENTS = 0.1  # weight of mean and spread beside the standardised features
 DEAD = 0.01  # of the mean spread of the projected channels: the least by which one is divided

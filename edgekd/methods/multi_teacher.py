@@ -37,13 +37,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
-from edgekd.learn.layers import Layer, layers
-from edgekd.learn.losses import check_shares, check_temperature, check_weights, imitation, standardised, supervised
-from edgekd.learn.routes import Candidate
-from edgekd.learn.taps import Taps
-from edgekd.learn.teachers import answering, columns, teacher
+from edgekd.errors import ConfigError
+from edgekd.training.feature_hooks import Taps
+from edgekd.training.layer_discovery import Layer, layers
+from edgekd.training.layer_matching import Candidate
+from edgekd.training.losses import check_shares, check_temperature, check_weights, imitation, standardised, supervised
+from edgekd.training.teachers import answering, columns, teacher
 
 LOOK = 8  # batches over which weights are averaged for the report
 TINY = 1e-8

@@ -24,12 +24,12 @@ from typing import ClassVar
 
 import torch
 
-from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
-from edgekd.learn.fake_quant import Rounding
-from edgekd.learn.losses import check_shares, check_temperature, imitation, supervised
-from edgekd.learn.teachers import answering
-from edgekd.learn.trainer import right
+from edgekd.errors import ConfigError
+from edgekd.training.fake_quant import Rounding
+from edgekd.training.losses import check_shares, check_temperature, imitation, supervised
+from edgekd.training.teachers import answering
+from edgekd.training.trainer import right
 
 SHOWN = "int8 accuracy"  # beside the losses on validation data
 

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgekd.core.method import Batch, Lesson, Losses, Phase, Script
-from edgekd.learn.losses import check_weights
-from edgekd.learn.pairs import Both, FeatureMethod, deepest_pairs
+from edgekd.training.feature_method import Both, FeatureMethod, deepest_pairs
+from edgekd.training.losses import check_weights
 
 
 @dataclass(frozen=True)

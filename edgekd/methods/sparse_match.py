@@ -41,15 +41,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.core.errors import ConfigError
 from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
-from edgekd.learn.layers import Layer, layers
-from edgekd.learn.losses import check_temperature, check_weights, imitation, labels_weight, supervised
-from edgekd.learn.pairs import Pair, named
-from edgekd.learn.routes import Candidate
-from edgekd.learn.sparse import SparseLayer
-from edgekd.learn.taps import Taps
-from edgekd.learn.teachers import answering, answers_all, teacher
+from edgekd.errors import ConfigError
+from edgekd.training.feature_hooks import Taps
+from edgekd.training.feature_method import Pair, named
+from edgekd.training.layer_discovery import Layer, layers
+from edgekd.training.layer_matching import Candidate
+from edgekd.training.losses import check_temperature, check_weights, imitation, labels_weight, supervised
+from edgekd.training.sparse_coding import SparseLayer
+from edgekd.training.teachers import answering, answers_all, teacher
 
 SHOWN = 128  # training images, at least, if there are as many, with which dictionaries begin
 

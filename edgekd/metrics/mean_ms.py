@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from edgekd.core.trial import Trial
+from edgekd.core.bench_result import Trial
 
 
 class MeanMs:

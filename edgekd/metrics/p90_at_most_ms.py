@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from edgekd.core.trial import Trial
+from edgekd.core.bench_result import Trial
 from edgekd.metrics._percentile import at_most
 
 

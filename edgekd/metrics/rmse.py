@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from edgekd.core.trial import Trial
+from edgekd.core.bench_result import Trial
 
 
 class Rmse:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from edgekd.core.errors import ConfigError
 from edgekd.core.model import Model
-from edgekd.learn.blocks import Join, check_halvings, check_multiple, conv_bn, initialise, strides
+from edgekd.errors import ConfigError
+from edgekd.models._blocks import Join, check_halvings, check_multiple, conv_bn, initialise, strides
 
 
 class BasicBlock(nn.Module):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from edgekd.core.model import Model
-from edgekd.learn.blocks import (
+from edgekd.models._blocks import (
     Inverted,
     check_halvings,
     check_multiple,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from edgekd.core.model import Model
-from edgekd.learn.blocks import (
+from edgekd.models._blocks import (
     Inverted,
     check_halvings,
     check_multiple,

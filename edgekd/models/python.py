@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import nn
 
-from edgekd.core.errors import ConfigError
-from edgekd.core.foreign import foreign
 from edgekd.core.model import Model
+from edgekd.errors import ConfigError
+from edgekd.utils.external import foreign
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from edgekd.core.errors import ConfigError
 from edgekd.core.model import Model
+from edgekd.errors import ConfigError
 
 
 class Join(nn.Module):

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edgekd.core.errors import ConfigError
 from edgekd.core.model import Model
-from edgekd.learn.blocks import check_halvings, conv_bn, initialise, strides
+from edgekd.errors import ConfigError
+from edgekd.models._blocks import check_halvings, conv_bn, initialise, strides
 
 
 class Shuffle(nn.Module):

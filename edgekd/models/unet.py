@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.core.errors import ConfigError
 from edgekd.core.model import Model
+from edgekd.errors import ConfigError
 
 
 def level(entering: int, width: int, stride: int) -> nn.Sequential:

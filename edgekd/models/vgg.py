@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from edgekd.core.errors import ConfigError
 from edgekd.core.model import Model
-from edgekd.learn.blocks import conv_bn, initialise
+from edgekd.errors import ConfigError
+from edgekd.models._blocks import conv_bn, initialise
 
 
 class VGG(nn.Module):

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from edgekd.core.errors import ConfigError
 from edgekd.core.model import Model
-from edgekd.learn.blocks import Join, check_multiple, initialise
+from edgekd.errors import ConfigError
+from edgekd.models._blocks import Join, check_multiple, initialise
 
 
 class PreactivationBlock(nn.Module):

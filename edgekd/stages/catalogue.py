@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edgekd.core import plugins
-from edgekd.core.config import recipes, text
+from edgekd.core.config_file import recipes, text
 
 Catalogue = dict[str, dict[str, str]]  # kind -> name -> line
 

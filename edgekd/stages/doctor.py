@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from edgekd.core import plugins
-from edgekd.core.processor import flags
 from edgekd.core.target import Target
+from edgekd.utils.cpu import flags
 
 NEEDED = (
     *("torch", "onnx", "onnxscript", "onnxruntime", "numpy", "pydantic", "typer", "rich", "jinja2"),

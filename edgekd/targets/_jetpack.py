@@ -7,10 +7,10 @@ from functools import cache
 from importlib.resources import files
 from typing import Literal
 
-from edgekd.core import config, plain
-from edgekd.core.errors import ConfigError
+from edgekd.core import config_file, serialization
 from edgekd.core.plugins import unknown
 from edgekd.core.settings import Settings
+from edgekd.errors import ConfigError
 
 Route = Literal["calibration", "explicit", "strongly_typed"]
 Precision = Literal["fp32", "fp16", "int8", "fp8", "fp4"]
@@ -75,7 +75,7 @@ class Plan:
 @cache
 def table() -> Table:
     text = files("edgekd.targets").joinpath("jetpacks.yaml").read_text(encoding="utf-8")
-    return plain.load(Table, config.parse(text, "jetpacks.yaml"))
+    return serialization.load(Table, config_file.parse(text, "jetpacks.yaml"))
 
 
 def jetpack(version: str) -> Jetpack:

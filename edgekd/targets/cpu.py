@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Literal
 
-from edgekd.core.dialects import DIALECTS
-from edgekd.core.errors import ConfigError
-from edgekd.core.processor import VNNI, X86, flags, saturates
-from edgekd.core.target import Delivery, Dialect, Target
+from edgekd.core.quant_scheme import DIALECTS, Dialect
+from edgekd.core.target import Delivery, Target
+from edgekd.errors import ConfigError
+from edgekd.utils.cpu import VNNI, X86, flags, saturates
 
 Architecture = Literal["x86", "arm"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edgekd.core.dialects import DIALECTS
-from edgekd.core.errors import ConfigError
-from edgekd.core.target import Delivery, Dialect, Engine, Target
+from edgekd.core.quant_scheme import DIALECTS, Dialect
+from edgekd.core.target import Delivery, Engine, Target
+from edgekd.errors import ConfigError
 from edgekd.targets._jetpack import Plan, plan
 
 ENGINES: tuple[Engine, ...] = ("fp32", "fp16", "int8")

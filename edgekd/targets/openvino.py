@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from typing import Literal
 
 from edgekd.core.artifact import Floats
-from edgekd.core.dialects import DIALECTS
-from edgekd.core.errors import ConfigError
-from edgekd.core.processor import flags, saturates
-from edgekd.core.target import Delivery, Dialect, Target
+from edgekd.core.quant_scheme import DIALECTS, Dialect
+from edgekd.core.target import Delivery, Target
+from edgekd.errors import ConfigError
+from edgekd.utils.cpu import flags, saturates
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import ctypes
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from edgekd.core.dialects import DIALECTS
-from edgekd.core.errors import ConfigError
-from edgekd.core.target import Delivery, Dialect, Target
+from edgekd.core.quant_scheme import DIALECTS, Dialect
+from edgekd.core.target import Delivery, Target
+from edgekd.errors import ConfigError
 
 OPSET = 20  # all of TensorRT 10 and 11 reads it
 

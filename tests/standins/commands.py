@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from edgekd import cli
+from edgekd.cli import main
 
 
 def command(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str]:
@@ -16,7 +16,7 @@ def command(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str]:
     sys.argv = ["edgekd", *map(str, words)]
     try:
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
     finally:
         sys.argv = before
     return ended.value.code, capsys.readouterr().err

@@ -62,9 +62,9 @@ def parts(path: Path) -> None:
     """What every command begins with: rules, layers, facts, checks, a session that answers."""
     import numpy as np
 
-    from edgekd.core import onnx_facts
-    from edgekd.core.errors import ConfigError, ModelError
-    from edgekd.stages.explain.look import explain
+    from edgekd.errors import ConfigError, ModelError
+    from edgekd.onnx import inspect, session
+    from edgekd.stages.explain.explain import explain
     from edgekd.stages.lint.lint import as_json, described, lint
 
     for version in ("5.1", "6.2"):
@@ -73,27 +73,27 @@ def parts(path: Path) -> None:
     with suppress(ConfigError):  # that the file is not quantized
         explain(path, target="jetson")
     with suppress(ModelError):  # that it is no example of ONNX
-        onnx_facts.check(path)
-    found = onnx_facts.facts(path)
-    onnx_facts.described(path, "net", found.macs or 0)
+        inspect.check(path)
+    found = inspect.facts(path)
+    inspect.described(path, "net", found.macs or 0)
     shape = [size or 1 for size in found.input.shape]
     if found.input.dtype == "float32":
         inputs = np.random.default_rng(0).standard_normal(shape, np.float32)
         for optimised in (True, False):
-            onnx_facts.answers(path, inputs, optimised, 1)
+            session.answers(path, inputs, optimised, 1)
 
 
 def whole(path: Path) -> None:
     """Quantization in two dialects, with everything that looks into the graph."""
     import numpy as np
 
-    from edgekd.core import onnx_facts
-    from edgekd.core.dialects import named
-    from edgekd.core.errors import EdgekdError
+    from edgekd.core.quant_scheme import named
+    from edgekd.errors import EdgekdError
+    from edgekd.onnx import inspect
     from edgekd.stages.quantize.quantize import quantize_file
     from edgekd.stages.quantize.ranges import QuantizeConfig
 
-    shape = [size or 1 for size in onnx_facts.facts(path).input.shape]
+    shape = [size or 1 for size in inspect.facts(path).input.shape]
     inputs = np.random.default_rng(0).standard_normal((shape[0] * 4, *shape[1:]), np.float32)
     refused = None
     for dialect in ("ort-x86", "tensorrt"):
@@ -112,11 +112,11 @@ def main() -> None:
 
     import onnxruntime
 
-    from edgekd.core.errors import EdgekdError
-    from edgekd.stages.explain import look
+    from edgekd.errors import EdgekdError
+    from edgekd.stages.explain import explain as explain_module
     from edgekd.stages.quantize import quantize
 
-    assert look and quantize and onnxruntime  # imported before the clock runs
+    assert explain_module and quantize and onnxruntime  # imported before the clock runs
     path = Path(sys.argv[1], "net.onnx")
     warnings.simplefilter("ignore")
     print(json.dumps({"told": "ready"}), flush=True)

@@ -4,68 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgekd.core import plugins
 from edgekd.core.artifact import File, Floats
-from edgekd.core.errors import ConfigError
-from edgekd.core.files import save_array
-from edgekd.core.settings import Settings
+from edgekd.core.bench_result import BenchResult, Contestant, Interval, Measurement, Runtime
+from edgekd.core.dataset import Scale
 from edgekd.core.target import Target
-from edgekd.core.task import Scale
-from edgekd.core.trial import BenchResult, Contestant, Interval, Measurement, Runtime
-from edgekd.stages.bench import cold, loads, scenario, sessions, statistics
-from edgekd.stages.bench.judge import judged, trials
-from edgekd.stages.bench.lineup import check, computed
+from edgekd.stages.bench import cold_start, load, sessions, statistics
+from edgekd.stages.bench import config as config_module
+from edgekd.stages.bench.config import BenchConfig, Scenario
+from edgekd.stages.bench.entries import check, computed
+from edgekd.stages.bench.measurements import judged, trials
 from edgekd.stages.bench.runner import job, machine, run
-from edgekd.stages.bench.scenario import Scenario, Scope
+from edgekd.utils.arrays import save_array
 
 RUNTIME = ("name", "version", "threads")  # what is told of every runtime; other facts are its own
 STARTS = ("load", "compile", "cached_compile", "first")  # times of a model before its second call
-TIMES = ("min_ms", "p50_ms", "p90_ms", "p90_at_most_ms", "p99_ms", "p99_at_most_ms", "mean_ms")
-METRICS = ("top1", "agreement", "delta1", "rmse", "deviation", *TIMES)
-
-
-@dataclass(frozen=True)
-class BenchConfig(Settings):
-    """What is timed, how much of it, and what is read from it. The first batch and scope make the main table."""
-
-    blocks: int = 90  # rounds; in each, every contestant has one block
-    calls: int = 12  # timed calls of a block; few, so that a round is over before the machine changes its speed
-    warmup_s: float = 0.5  # at least, for each contestant in each session
-    seed: int = 0  # of the order within rounds, and of the intervals
-    metrics: tuple[str, ...] = METRICS
-    sessions: int = 6  # processes that the rounds are shared out to; fewer where they would have less than 3 each
-    batches: tuple[int, ...] = (1,)  # images of a call
-    scopes: tuple[Scope, ...] = ("copies",)  # what a call holds: copies, model, preprocessing; cold: starts and memory
-    rate: float | None = None  # calls a second that are due, in a further table; latency is from when they were due
-    throughput: bool = False  # images a second with several calls under way, in a further table
-
-    def __post_init__(self) -> None:
-        if self.blocks < 3:
-            raise ConfigError(f"bench.blocks is {self.blocks}", hint="use 3 or more: intervals come from whole blocks")
-        if self.calls < 1:
-            raise ConfigError(f"bench.calls is {self.calls}", hint="use 1 or more; 12 is usual")
-        if self.warmup_s < 0:
-            raise ConfigError(f"bench.warmup_s is {self.warmup_s}", hint="use 0 or more seconds; 0.5 is usual")
-        if self.sessions < 1:
-            raise ConfigError(f"bench.sessions is {self.sessions}", hint="use 1 or more; 6 is usual")
-        scenario.check(self.batches, self.scopes, self.rate)
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"bench.seed is {self.seed}", hint="use a number from 0 to 4294967295")
-        total = self.blocks * self.calls
-        for name in self.metrics:
-            needs = plugins.load("metrics", name).needs
-            if total < needs:
-                raise ConfigError(
-                    f"`{name}` needs {needs} timed calls; bench.blocks x bench.calls is {total}",
-                    hint=f"set bench.blocks to {-(-needs // self.calls)}, or take `{name}` out of bench.metrics",
-                )
 
 
 def answer(out: Path, model: File, target: Target, inputs: File) -> File:
@@ -106,7 +64,7 @@ def benchmark(
     if it is not given. Files of the contestants are linked into `out`, so that the result stands beside what it was
     measured on.
     """
-    called = called or scenario.scenarios(config)[0]
+    called = called or config_module.scenarios(config)[0]
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     reason = target.missing()
     if reason:
@@ -118,8 +76,8 @@ def benchmark(
     label = f"bench on {' '.join(filter(None, (target_name, called.title)))}"
     samples, aa, seen, count = None, None, None, 1
     if called.scope == "cold":
-        result, measurements = cold.started(out, contestants, target, inputs, label)
-        more: dict[str, Any] = dict(cold.PROTOCOL)
+        result, measurements = cold_start.started(out, contestants, target, inputs, label)
+        more: dict[str, Any] = dict(cold_start.PROTOCOL)
     else:
         seen, aa, measurements = timed(
             out, contestants, target, inputs, labels, reference, config, called, scale, label
@@ -167,9 +125,9 @@ def timed(
     scaled = {"scale": {"mean": scale.mean, "std": scale.std}} if scale else {}
     seen = sessions.timed(out, models, target, inputs, config, floats, called, scaled, label)
     if called.rate:
-        return seen, *loads.at_rate(out, contestants, base, seen, config, called.rate)
+        return seen, *load.at_rate(out, contestants, base, seen, config, called.rate)
     if called.throughput:
-        return seen, *loads.throughput(out, contestants, base, seen, config)
+        return seen, *load.throughput(out, contestants, base, seen, config)
     known = trials(contestants, seen.ns, logits, labels, reference)
     in_force = [model["precision"] for model in seen.result["models"]]
     aa, found = judged(out, contestants, base, known, seen.ns, in_force, config, seen.sessions)

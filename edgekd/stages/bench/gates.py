@@ -7,12 +7,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from edgekd.core import plugins
-from edgekd.core.errors import ConfigError
+from edgekd.core.artifact import size
+from edgekd.core.bench_result import BenchResult, Interval, Measurement
 from edgekd.core.gate import Decision, Gate, Outcome
-from edgekd.core.text import visible
-from edgekd.core.trial import BenchResult, Interval, Measurement
+from edgekd.errors import ConfigError
 from edgekd.stages.bench.statistics import NOISY
-from edgekd.stages.report.figures import size
+from edgekd.utils.text import visible
 
 # measures that are no metrics
 OTHER = ("drop", "teacher_drop", "speedup", "kilobytes", "macs", "parameters", "memory_mb")

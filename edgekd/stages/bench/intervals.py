@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgekd.core import plugins
-from edgekd.core.trial import Interval, Metric, Trial
+from edgekd.core.bench_result import Interval, Metric, Trial
 from edgekd.metrics._percentile import nearest_rank
 from edgekd.stages.bench import statistics
 

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.core.artifact import File, Floats
-from edgekd.core.errors import ConfigError, EdgekdError, StaleArtifact
-from edgekd.core.progress import bar
+from edgekd.core.bench_result import Machine
 from edgekd.core.target import Target
-from edgekd.core.trial import Machine
-from edgekd.stages.bench.scenario import Scenario
+from edgekd.errors import ConfigError, EdgekdError, StaleArtifact
+from edgekd.stages.bench.config import Scenario
+from edgekd.utils.progress import bar
 
 if TYPE_CHECKING:
-    from edgekd.stages.bench.benchmark import BenchConfig
+    from edgekd.stages.bench.config import BenchConfig
 
 WARMUP_CALLS = 50
 

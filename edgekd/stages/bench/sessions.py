@@ -12,10 +12,10 @@ import numpy as np
 from edgekd.core.artifact import File, Floats
 from edgekd.core.target import Target
 from edgekd.stages.bench import runner
-from edgekd.stages.bench.scenario import Scenario
+from edgekd.stages.bench.config import Scenario
 
 if TYPE_CHECKING:
-    from edgekd.stages.bench.benchmark import BenchConfig
+    from edgekd.stages.bench.config import BenchConfig
 
 ROUNDS = 3  # at least, of each process
 SAMPLES = "samples.npz"

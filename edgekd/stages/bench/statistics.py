@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.core.trial import Interval
+from edgekd.core.bench_result import Interval
 from edgekd.metrics._percentile import nearest_rank
 
 RESAMPLES = 2000

@@ -11,23 +11,24 @@ from typing import Any
 import numpy as np
 
 from edgekd import __version__
-from edgekd.core import onnx_facts, plain
+from edgekd.core import serialization
 from edgekd.core.artifact import File, Floats, OnnxModel
-from edgekd.core.errors import ConfigError, ModelError, StaleArtifact
-from edgekd.core.files import save_array
-from edgekd.core.places import leads_out
+from edgekd.core.bench_result import Role
 from edgekd.core.settings import Settings
 from edgekd.core.target import Engine, Target
-from edgekd.core.trial import Role
-from edgekd.stages.bench.benchmark import BenchConfig
+from edgekd.errors import ConfigError, ModelError, StaleArtifact
+from edgekd.onnx import session
+from edgekd.stages.bench.config import BenchConfig
 from edgekd.stages.bench.runner import job
-from edgekd.stages.device import form
-from edgekd.stages.device.instructions import RUN, readme
+from edgekd.stages.device import schemas
+from edgekd.stages.device.bundle_readme import RUN, readme
 from edgekd.stages.export.fp16 import bake
 from edgekd.stages.lint.lint import described, lint
-from edgekd.stages.quantize.cache import write_cache
+from edgekd.stages.quantize.calibration_cache import write_cache
 from edgekd.stages.quantize.ranges import Ranges
 from edgekd.targets._jetpack import table
+from edgekd.utils.arrays import save_array
+from edgekd.utils.paths import leads_out
 
 SCHEMA = 1  # of manifest.json, which the runner reads
 MANIFEST = "manifest.json"
@@ -78,9 +79,9 @@ class Bundle:
     def read(self) -> dict[str, Any]:
         """The manifest. Raises ConfigError where it is none, or names files that are not in the folder."""
         path = self.manifest.path
-        found: dict[str, Any] = plain.read(path, REFUSED)
+        found: dict[str, Any] = serialization.read(path, REFUSED)
         try:
-            plain.load(form.Manifest, found, hint=REFUSED)
+            serialization.load(schemas.Manifest, found, hint=REFUSED)
         except ConfigError as error:
             raise ConfigError(f"`{path}` is no manifest of a bundle: {error.what}", hint=REFUSED) from None
         used = [row.get(key) for row in found["engines"] for key in ("model", "expected", "cache")]
@@ -251,7 +252,7 @@ def tolerance(fp32: OnnxModel, int8: OnnxModel, images: np.ndarray) -> float:
 
 def answers(path: Path, images: np.ndarray) -> np.ndarray:
     """Of the operators as they stand in the file: optimisation computes FP16 scales of Q/DQ pairs wrongly."""
-    return np.asarray(onnx_facts.answers(path, images, optimised=False, threads=1), np.float32)
+    return np.asarray(session.answers(path, images, optimised=False, threads=1), np.float32)
 
 
 def linted(out: Path, target: Target) -> tuple[str, ...]:

@@ -11,11 +11,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from edgekd.core import processor
 from edgekd.stages.device.bundle import Bundle
-from edgekd.stages.device.follow import Seen, Shown
-from edgekd.stages.device.instructions import COMMANDS
+from edgekd.stages.device.bundle_readme import COMMANDS
+from edgekd.stages.device.job_log import Seen, Shown
 from edgekd.stages.device.results import Returned, taken
+from edgekd.utils import cpu
 
 HERE = "this machine"
 
@@ -28,7 +28,7 @@ def look(bundle: Bundle) -> dict[str, Any]:
     with TemporaryDirectory() as out:
         run(bundle, Path(out), ("doctor",))
         found = json.loads((Path(out) / "doctor.json").read_text())
-    return {"versions": found["versions"], "device": found["device"], "processor": processor.name()}
+    return {"versions": found["versions"], "device": found["device"], "processor": cpu.name()}
 
 
 def measure(out: Path, bundle: Bundle) -> Returned:

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edgekd.core.errors import Busy, EdgekdError, StaleArtifact
-from edgekd.core.processor import TELLING
-from edgekd.core.progress import bar
+from edgekd.errors import Busy, EdgekdError, StaleArtifact
 from edgekd.stages.device.bundle import MANIFEST, Bundle
-from edgekd.stages.device.follow import AGAIN, Seen, Shown, heard
+from edgekd.stages.device.job_log import AGAIN, Seen, Shown, heard
 from edgekd.stages.device.results import Returned, named_file, taken
 from edgekd.stages.device.ssh import Device, Lost, answer, sink, talk
+from edgekd.utils.cpu import TELLING
+from edgekd.utils.progress import bar
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

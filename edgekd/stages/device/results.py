@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.core import plain
+from edgekd.core import serialization
 from edgekd.core.artifact import File, Precision
-from edgekd.core.errors import ConfigError, EdgekdError, StaleArtifact
-from edgekd.core.files import load_array, load_arrays
-from edgekd.core.trial import BenchResult, Contestant, Machine, Runtime
+from edgekd.core.bench_result import BenchResult, Contestant, Machine, Runtime
+from edgekd.errors import ConfigError, EdgekdError, StaleArtifact
 from edgekd.stages.bench import statistics
-from edgekd.stages.bench.benchmark import RUNTIME, BenchConfig, environment, read_back
-from edgekd.stages.bench.judge import judged, trials
+from edgekd.stages.bench.benchmark import RUNTIME, environment, read_back
+from edgekd.stages.bench.config import BenchConfig, Scenario
+from edgekd.stages.bench.measurements import judged, trials
 from edgekd.stages.bench.runner import machine, nanoseconds
-from edgekd.stages.bench.scenario import Scenario
-from edgekd.stages.device import form
+from edgekd.stages.device import schemas
 from edgekd.stages.device.bundle import SCHEMA, Bundle
+from edgekd.utils.arrays import load_array, load_arrays
 
 RESULT, SAMPLES = "result.json", "samples.npz"
 AGAIN = "run `sh run.sh` in the bundle on the device again, and bring the whole folder `results`"
@@ -49,7 +49,7 @@ def named_file(name: str) -> bool:
 def read(path: Path) -> dict[str, Any]:
     """A result.json. Raises ConfigError where it is none."""
     hint = "name the result.json that `sh run.sh` wrote in a bundle's folder `results`"
-    found = plain.read(path, hint)
+    found = serialization.read(path, hint)
     if not isinstance(found, dict) or not {"bundle", "bench", "verify", "files"} <= found.keys():
         raise ConfigError(f"`{path}` is no result of a bundle", hint=hint)
     if found.get("schema") != SCHEMA:
@@ -57,14 +57,14 @@ def read(path: Path) -> dict[str, Any]:
             f"`{path}` has schema {str(found.get('schema'))[:20]}; this edgekd reads {SCHEMA}",
             hint="use one edgekd to make the bundle and to read its result",
         )
-    formed(form.Result, found, path)
+    formed(schemas.Result, found, path)
     return found
 
 
 def formed(kind: Any, found: Any, path: Path) -> None:
     """Raises ConfigError where what edgekd reads of a JSON file is missing, or of another type."""
     try:
-        plain.load(kind, found, hint=AGAIN)
+        serialization.load(kind, found, hint=AGAIN)
     except ConfigError as error:
         raise ConfigError(f"`{path}` is not as the runner writes it: {error.what}", hint=error.hint) from None
 

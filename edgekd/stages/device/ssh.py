@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from edgekd.core.errors import ConfigError, EdgekdError, TargetUnavailable
+from edgekd.errors import ConfigError, EdgekdError, TargetUnavailable
 from edgekd.stages.bench.runner import runner_path
-from edgekd.stages.device.follow import heard
+from edgekd.stages.device.job_log import heard
 
 CONFIG = "EDGEKD_SSH_CONFIG"  # environment variable: a file that stands in for the user's ssh_config (`ssh -F`)
 OPTIONS = {

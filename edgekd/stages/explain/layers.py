@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from edgekd.stages.explain.islands import carried, kind_of
-from edgekd.stages.lint.graph import DEQUANTIZE, View, attribute
-from edgekd.stages.lint.hard_rules import label
-from edgekd.stages.quantize.explicit import WEIGHTED, channel_axis
+from edgekd.onnx.graph import DEQUANTIZE, View, attribute, label
+from edgekd.onnx.ops import WEIGHTED, channel_axis
+from edgekd.stages.explain.float_regions import carried, kind_of
 
 if TYPE_CHECKING:
     import onnx

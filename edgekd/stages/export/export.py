@@ -12,11 +12,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from edgekd.core import onnx_facts, onnx_files
-from edgekd.core.errors import ConfigError, ExportError, ParityError
-from edgekd.core.foreign import foreign
-from edgekd.core.onnx_facts import Exported, OnnxFacts
+from edgekd.core.artifact import Exported
 from edgekd.core.settings import Settings
+from edgekd.errors import ConfigError, ExportError, ParityError
+from edgekd.onnx import inspect, session, writer
+from edgekd.onnx.inspect import OnnxFacts
+from edgekd.utils.external import foreign
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,14 +86,14 @@ def export(
     want = logits.numpy()
     single, dynamic = out / f"{name}.onnx", out / f"{name}-dynamic.onnx"
     model = translate(plain, images, config.opset, want.shape[1:])
-    onnx_files.write(model, dynamic, metadata or {})
-    onnx_files.write(with_batch_of_one(model), single, metadata or {})
+    writer.write(model, dynamic, metadata or {})
+    writer.write(with_batch_of_one(model), single, metadata or {})
     for path, batch in ((single, 1), (dynamic, 0)):
-        check_form(onnx_facts.check(path), path, (batch, *images.shape[1:]), (batch, *wanted[1:]), config.opset)
+        check_form(inspect.check(path), path, (batch, *images.shape[1:]), (batch, *wanted[1:]), config.opset)
         check_folded(path)
         compare(path, images, want, config.tolerance)
-    alone = onnx_facts.described(single, name)
-    return Exported(alone, onnx_facts.described(dynamic, f"{name}-dynamic", alone.macs))
+    alone = inspect.described(single, name)
+    return Exported(alone, inspect.described(dynamic, f"{name}-dynamic", alone.macs))
 
 
 def translate(network: nn.Module, images: np.ndarray, opset: int, answer: tuple[int, ...]) -> onnx.ModelProto:
@@ -220,7 +221,7 @@ def check_folded(path: Path) -> None:
 
     One that follows something else (as in pre-activation networks) has nothing to fold into, and stays.
     """
-    model = onnx_facts.load(path)
+    model = inspect.load(path)
     uses = [name for node in model.graph.node for name in node.input]
     convolved = {n.output[0] for n in model.graph.node if n.op_type == "Conv" and uses.count(n.output[0]) == 1}
     for node in model.graph.node:
@@ -241,7 +242,7 @@ def compare(path: Path, images: np.ndarray, want: np.ndarray, tolerance: float) 
 
     worst = 0.0
     for optimised in (True, False):
-        got = onnx_facts.answers(path, images, optimised)
+        got = session.answers(path, images, optimised)
         gap = float(np.abs(got - want).max() / max(float(np.abs(want).max()), 1e-12))
         changed = int((got.argmax(1) != want.argmax(1)).sum())
         if not gap <= tolerance:  # also true of nan

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgekd.core import onnx_facts, onnx_files
 from edgekd.core.artifact import File, OnnxModel
-from edgekd.core.errors import ModelError, ParityError
+from edgekd.errors import ModelError, ParityError
+from edgekd.onnx import inspect, writer
 
 if TYPE_CHECKING:
     import onnx
@@ -39,15 +39,15 @@ def bake(source: Path, target: Path, inputs: np.ndarray, tolerance: float = TOLE
     """
     from onnx import checker
 
-    original = onnx_facts.load(source)
+    original = inspect.load(source)
     made = Conversion(original, source, overflowing(original, inputs)).convert()
     checker.check_model(made, full_check=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".edgekd-", dir=target.parent) as folder:  # beside it: a rename, not a copy
         path = Path(folder, target.name)
-        onnx_files.write(made, path, {entry.key: entry.value for entry in original.metadata_props})
+        writer.write(made, path, {entry.key: entry.value for entry in original.metadata_props})
         compare(source, path, inputs, tolerance)
-        found = onnx_facts.described(path, target.stem)
+        found = inspect.described(path, target.stem)
         path.replace(target)
     return replace(found, file=File.of(target))
 
@@ -56,7 +56,7 @@ def compare(source: Path, path: Path, inputs: np.ndarray, tolerance: float) -> N
     """Raises ParityError. Without graph optimisation: onnxruntime's fusions compute Q/DQ with FP16 scales wrongly."""
     want, found = (plain_answers(file, inputs) for file in (source, path))
     gaps = np.abs(found - want)
-    gap = float(gaps.mean() if onnx_facts.facts(source).precision == "int8" else gaps.max())
+    gap = float(gaps.mean() if inspect.facts(source).precision == "int8" else gaps.max())
     gap /= float(np.abs(want).max()) or 1.0
     if not gap <= tolerance:  # also true of nan
         raise ParityError(
@@ -73,7 +73,7 @@ def plain_answers(path: Path, inputs: np.ndarray) -> np.ndarray:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    name, batch = session.get_inputs()[0].name, onnx_facts.facts(path).input.shape[0] or 1
+    name, batch = session.get_inputs()[0].name, inspect.facts(path).input.shape[0] or 1
     count = len(inputs) // batch * batch
     return np.concatenate([session.run(None, {name: inputs[i : i + batch]})[0] for i in range(0, count, batch)])
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgekd.core import onnx_facts
-from edgekd.stages.lint import hard_rules, soft_rules
-from edgekd.stages.lint.graph import View
+from edgekd.onnx import graph, inspect
+from edgekd.onnx.graph import View
+from edgekd.stages.lint import error_rules, warning_rules
 from edgekd.targets._jetpack import Jetpack, jetpack
 
 if TYPE_CHECKING:
@@ -35,45 +35,45 @@ WITH_PAIRS = "quantize the FP32 file with `edgekd quantize --dialect tensorrt`"
 FOLD = "fold constants first: `polygraphy surgeon sanitize --fold-constants`"
 NO_PAIR = "leave out this Q/DQ pair"
 HARD: Rules = {
-    "opset": (hard_rules.opset, "export it with an opset that this TensorRT reads"),
-    "operator": (hard_rules.operator, WITH_PAIRS),
-    "constant": (hard_rules.constant, FOLD),
-    "scale-type": (hard_rules.scale_type, "write float32 scales; float16 ones need opset 19"),
-    "scale-positive": (hard_rules.scale_positive, "calibrate anew: a tensor that is always 0 gets the scale 1"),
-    "zero-point-written": (hard_rules.zero_point_written, "write a zero point of int8 zeros"),
-    "zero-point-zero": (hard_rules.zero_point_zero, "quantize symmetrically, also behind a Softmax: " + WITH_PAIRS),
-    "zero-point-size": (hard_rules.zero_point_size, "write as many zero points as scales"),
-    "integer-type": (hard_rules.integer_type, "quantize to int8: " + WITH_PAIRS),
-    "per-channel-activation": (hard_rules.per_channel_activation, "give the activation one scale"),
-    "per-channel-size": (hard_rules.per_channel_size, "write one scale for each channel of the weight's axis"),
-    "per-channel-opset": (hard_rules.per_channel_opset, "export with opset 13 or more, or give the weight one scale"),
-    "axis-written": (hard_rules.axis_written, "write the axis: 0 for Conv and Gemm with transB, else 1"),
+    "opset": (error_rules.opset, "export it with an opset that this TensorRT reads"),
+    "operator": (error_rules.operator, WITH_PAIRS),
+    "constant": (error_rules.constant, FOLD),
+    "scale-type": (error_rules.scale_type, "write float32 scales; float16 ones need opset 19"),
+    "scale-positive": (error_rules.scale_positive, "calibrate anew: a tensor that is always 0 gets the scale 1"),
+    "zero-point-written": (error_rules.zero_point_written, "write a zero point of int8 zeros"),
+    "zero-point-zero": (error_rules.zero_point_zero, "quantize symmetrically, also behind a Softmax: " + WITH_PAIRS),
+    "zero-point-size": (error_rules.zero_point_size, "write as many zero points as scales"),
+    "integer-type": (error_rules.integer_type, "quantize to int8: " + WITH_PAIRS),
+    "per-channel-activation": (error_rules.per_channel_activation, "give the activation one scale"),
+    "per-channel-size": (error_rules.per_channel_size, "write one scale for each channel of the weight's axis"),
+    "per-channel-opset": (error_rules.per_channel_opset, "export with opset 13 or more, or give the weight one scale"),
+    "axis-written": (error_rules.axis_written, "write the axis: 0 for Conv and Gemm with transB, else 1"),
     "axis-place": (
-        hard_rules.axis_place,
+        error_rules.axis_place,
         "give a scale to each output channel: axis 0 for Conv and Gemm with transB, else 1",
     ),
-    "folded-weight": (hard_rules.folded_weight, "keep the weight float behind a Q/DQ pair: " + WITH_PAIRS),
-    "quantized-bias": (hard_rules.quantized_bias, "keep the bias float: " + WITH_PAIRS),
+    "folded-weight": (error_rules.folded_weight, "keep the weight float behind a Q/DQ pair: " + WITH_PAIRS),
+    "quantized-bias": (error_rules.quantized_bias, "keep the bias float: " + WITH_PAIRS),
 }
 SOFT: Rules = {
-    "ir": (soft_rules.ir, "write a lower IR version; TensorRT itself has no limit"),
-    "int64": (soft_rules.int64, "harmless for an end of a Slice; elsewhere use numbers that fit into INT32"),
-    "half-quantized": (soft_rules.half_quantized, "quantize both its activation and its weight, or neither"),
+    "ir": (warning_rules.ir, "write a lower IR version; TensorRT itself has no limit"),
+    "int64": (warning_rules.int64, "harmless for an end of a Slice; elsewhere use numbers that fit into INT32"),
+    "half-quantized": (warning_rules.half_quantized, "quantize both its activation and its weight, or neither"),
     "unfolded-batchnorm": (
-        soft_rules.unfolded_batchnorm,
+        warning_rules.unfolded_batchnorm,
         "fold BatchNorms before you quantize (model.eval() at the export)",
     ),
     "pair-before-activation": (
-        soft_rules.pair_before_activation,
+        warning_rules.pair_before_activation,
         "quantize behind the activation instead, so that both fuse",
     ),
-    "residual": (soft_rules.residual, "quantize only the skip: " + WITH_PAIRS),
-    "commuting-pair": (soft_rules.commuting_pair, NO_PAIR + ": TensorRT moves the one before it"),
-    "idle-pair": (soft_rules.idle_pair, NO_PAIR + ": it costs accuracy and gains no time"),
-    "unequal-scales": (soft_rules.unequal_scales, "give them one scale, or share one QuantizeLinear"),
-    "pair-behind-pad": (soft_rules.pair_behind_pad, "quantize before the Pad, or let the convolution pad"),
-    "old-fusion": (soft_rules.old_fusion, NO_PAIR + " if the engine is slower than FP16"),
-    "channels": (soft_rules.channels, f"multiples of {soft_rules.TENSOR_CORE} channels waste nothing"),
+    "residual": (warning_rules.residual, "quantize only the skip: " + WITH_PAIRS),
+    "commuting-pair": (warning_rules.commuting_pair, NO_PAIR + ": TensorRT moves the one before it"),
+    "idle-pair": (warning_rules.idle_pair, NO_PAIR + ": it costs accuracy and gains no time"),
+    "unequal-scales": (warning_rules.unequal_scales, "give them one scale, or share one QuantizeLinear"),
+    "pair-behind-pad": (warning_rules.pair_behind_pad, "quantize before the Pad, or let the convolution pad"),
+    "old-fusion": (warning_rules.old_fusion, NO_PAIR + " if the engine is slower than FP16"),
+    "channels": (warning_rules.channels, f"multiples of {warning_rules.TENSOR_CORE} channels waste nothing"),
 }
 
 
@@ -93,7 +93,7 @@ class Verdict:
 def lint(path: Path, version: str) -> Verdict:
     """Judge `path` for JetPack `version`. Raises ModelError if it is not ONNX, ConfigError for an unknown JetPack."""
     row = jetpack(version)
-    return Verdict(str(path), version, row.tensorrt, tuple(findings(onnx_facts.load(path), row)))
+    return Verdict(str(path), version, row.tensorrt, tuple(findings(inspect.load(path), row)))
 
 
 def findings(model: onnx.ModelProto, row: Jetpack) -> Iterator[Finding]:
@@ -102,7 +102,7 @@ def findings(model: onnx.ModelProto, row: Jetpack) -> Iterator[Finding]:
     for level, rules in levels.items():
         for name, (check, fix) in rules.items():
             for node, fact in check(view):
-                yield Finding(level, name, hard_rules.label(node), fact, fix)
+                yield Finding(level, name, graph.label(node), fact, fix)
 
 
 def described(verdict: Verdict) -> str:
@@ -120,7 +120,7 @@ def described(verdict: Verdict) -> str:
 
 
 def as_json(verdict: Verdict) -> dict[str, Any]:
-    from edgekd.core import plain
+    from edgekd.core import serialization
 
     counts = {"errors": verdict.count("error"), "warnings": verdict.count("warning")}
-    return {**plain.dump(verdict), **counts}
+    return {**serialization.dump(verdict), **counts}

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgekd.stages.quantize.seams import Extremes, Place, Seam, seams
+from edgekd.stages.quantize.channel_scaling import Extremes, Place, Seam, seams
 
 if TYPE_CHECKING:
     import onnx

@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgekd.core import onnx_facts, onnx_files
-from edgekd.core.artifact import File
-from edgekd.core.errors import ConfigError, ModelError, ParityError
-from edgekd.core.onnx_facts import Exported
-from edgekd.core.target import Dialect
-from edgekd.stages.quantize.calibrate import load_calibration
+from edgekd.core.artifact import Exported, File
+from edgekd.core.quant_scheme import Dialect
+from edgekd.errors import ConfigError, ModelError, ParityError
+from edgekd.onnx import inspect, session, writer
+from edgekd.onnx.inputs import load_calibration
+from edgekd.stages.quantize.activations import streamed
+from edgekd.stages.quantize.channel_scaling import Extremes, scale
 from edgekd.stages.quantize.equalize import equalizable, equalizing
 from edgekd.stages.quantize.ranges import QuantizeConfig, check_batches, prepared, quantizable
-from edgekd.stages.quantize.seams import Extremes, scale
-from edgekd.stages.quantize.smooth import smoothable, smoothing
-from edgekd.stages.quantize.stream import streamed
+from edgekd.stages.quantize.smoothquant import smoothable, smoothing
 
 if TYPE_CHECKING:
     import onnx
@@ -133,10 +132,10 @@ def finish(path: Path, network: onnx.ModelProto, target: Path, inputs: np.ndarra
     network.ir_version = original.ir_version
     done = [*["equalize"] * config.equalize, *[f"smooth {config.smooth:g}"] * bool(config.smooth)]
     kept = {entry.key: entry.value for entry in original.metadata_props}
-    onnx_files.write(network, target, kept | {onnx_files.RESCALED: ", ".join(done)})
-    batch = onnx_facts.facts(path).input.shape[0] or 1
+    writer.write(network, target, kept | {writer.RESCALED: ", ".join(done)})
+    batch = inspect.facts(path).input.shape[0] or 1
     some = inputs[: max(min(COMPARED, len(inputs)) // batch, 1) * batch]
-    want, got = (onnx_facts.answers(file, some) for file in (path, target))
+    want, got = (session.answers(file, some) for file in (path, target))
     gap = float(np.abs(got - want).max() / (np.abs(want).max() or 1.0))
     if not gap <= TOLERANCE:  # also true of nan
         raise ParityError(

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgekd.core import onnx_facts, onnx_files
-from edgekd.core.artifact import File, OnnxModel
-from edgekd.core.errors import ConfigError, ModelError
-from edgekd.core.onnx_facts import Exported
-from edgekd.core.target import Dialect
-from edgekd.stages.quantize.bias import corrected
-from edgekd.stages.quantize.calibrate import load_calibration
-from edgekd.stages.quantize.explicit import explicit
-from edgekd.stages.quantize.floats import shield, staying
+from edgekd.core.artifact import Exported, File, OnnxModel
+from edgekd.core.quant_scheme import Dialect
+from edgekd.errors import ConfigError, ModelError
+from edgekd.onnx import inspect, session
+from edgekd.onnx import writer as onnx_writer
+from edgekd.onnx.inputs import load_calibration
+from edgekd.stages.quantize.bias_correction import corrected
+from edgekd.stages.quantize.float_layers import shield, staying
 from edgekd.stages.quantize.preparation import dialect_for, prepare, prepare_file
+from edgekd.stages.quantize.qdq import explicit
 from edgekd.stages.quantize.ranges import (
     QuantizeConfig,
     Ranges,
@@ -116,14 +116,14 @@ def settled(path: Path, inputs: np.ndarray, dialect: Dialect, config: QuantizeCo
     others = [i for i in range(len(inputs) // step) if i % every != HELD - 1]
     some = np.linspace(0, len(others) - 1, min(len(others), JUDGES)).astype(int)
     rest = np.concatenate([inputs[others[i] * step : (others[i] + 1) * step] for i in some])
-    want = onnx_facts.answers(path, held)
+    want = session.answers(path, held)
     found = candidates(path, inputs, config, lambda number: number % every != HELD - 1)
 
     def grade(ranges: Ranges) -> float:
         with TemporaryDirectory(prefix="edgekd-") as folder:
             asked = (in_pairs(dialect), ranges, None, config.floats, config.correct_bias)
             made = convert(path, Path(folder, "int8.onnx"), rest, *asked)
-            return ratio_db(want, onnx_facts.answers(made.file.path, held))
+            return ratio_db(want, session.answers(made.file.path, held))
 
     chosen = best(found, grade)
     told = ", ".join(f"{method} {ratio:.1f} dB" for method, ratio in chosen.tried.items())
@@ -183,9 +183,9 @@ def convert(
         writer = "edgekd" if dialect.form == "pairs" else "onnxruntime"
         raise ModelError(f"{writer} cannot quantize `{path}`: {error}", hint="calibrate this very file") from error
     made.ir_version = original.ir_version
-    onnx_files.write(made, target, {entry.key: entry.value for entry in original.metadata_props})
+    onnx_writer.write(made, target, {entry.key: entry.value for entry in original.metadata_props})
     try_out(path, target, inputs)
-    found = onnx_facts.described(target, target.stem, macs)
+    found = inspect.described(target, target.stem, macs)
     if found.precision != "int8":
         raise ModelError(
             f"of `{path}` no layer could be quantized", hint="give an FP32 file: weights of another type are not taken"
@@ -232,7 +232,7 @@ def integers(
 
 def try_out(path: Path, target: Path, inputs: np.ndarray) -> None:
     """Raises ModelError unless `target` is valid, kept its form, and answers calibration inputs with finite numbers."""
-    before, after = onnx_facts.facts(path), onnx_facts.check(target)
+    before, after = inspect.facts(path), inspect.check(target)
     kept = (before.input, before.outputs, before.opset, before.ir)
     found = (after.input, after.outputs, after.opset, after.ir)
     if kept != found:
@@ -240,7 +240,7 @@ def try_out(path: Path, target: Path, inputs: np.ndarray) -> None:
             f"quantization changed the form of `{path}` from {kept} to {found}", hint="report it with the file"
         )
     batch = before.input.shape[0] or 1
-    answers = onnx_facts.answers(target, inputs[: batch * max(TRIED // batch, 1)])
+    answers = session.answers(target, inputs[: batch * max(TRIED // batch, 1)])
     if not np.isfinite(answers).all():
         raise ModelError(
             f"`{target.name}` answers calibration inputs with numbers that are not finite",

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
-from edgekd.core import onnx_facts, progress
-from edgekd.core.artifact import STORY, File
-from edgekd.core.errors import ConfigError, DataError, ModelError
-from edgekd.core.foreign import foreign
-from edgekd.core.onnx_facts import Exported, OnnxFacts
+from edgekd.core.artifact import STORY, Exported, File
 from edgekd.core.settings import Settings
+from edgekd.errors import ConfigError, DataError, ModelError
+from edgekd.onnx import inspect, session
+from edgekd.onnx.inputs import check_inputs, load_calibration, portions
+from edgekd.onnx.inspect import OnnxFacts
+from edgekd.onnx.ops import WEIGHTED
 from edgekd.stages.quantize import histogram
-from edgekd.stages.quantize.calibrate import check_inputs, load_calibration, portions
-from edgekd.stages.quantize.explicit import WEIGHTED
 from edgekd.stages.quantize.histogram import Histogram
+from edgekd.utils import progress
+from edgekd.utils.external import foreign
 
 if TYPE_CHECKING:
     import onnx
@@ -157,7 +158,7 @@ def candidates(
     seen: dict[str, Seen] = {}
     with TemporaryDirectory(prefix="edgekd-") as folder:
         names = watch(prepared(path), facts.input.name, Path(folder, "watched.onnx"))
-        running = onnx_facts.session(Path(folder, "watched.onnx"))
+        running = session.session(Path(folder, "watched.onnx"))
         with progress.bar("calibration images", count) as advance:
             for number, part in enumerate(portions(inputs, step)):
                 if not batches(number):
@@ -266,7 +267,7 @@ def completed(bounds: Mapping[str, Bounds], graph: onnx.GraphProto) -> dict[str,
 
 def quantizable(path: Path) -> OnnxFacts:
     """The facts of a file that can be quantized. Raises ModelError if it cannot."""
-    facts = onnx_facts.facts(path)
+    facts = inspect.facts(path)
     if facts.precision == "int8":
         raise ModelError(f"`{path}` is quantized already", hint="give the FP32 file that it was made from")
     if not set(WEIGHTED) & set(facts.nodes):
@@ -287,7 +288,7 @@ def prepared(path: Path) -> onnx.ModelProto:
     import onnx
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    onnx_facts.session(path)  # what onnxruntime cannot load raises here, with its reason
+    session.session(path)  # what onnxruntime cannot load raises here, with its reason
     with TemporaryDirectory(prefix="edgekd-") as folder:
         with foreign(f"onnxruntime cannot prepare `{path}`", "export it anew, with constants folded", ModelError):
             quant_pre_process(path, f"{folder}/folded.onnx", skip_symbolic_shape=True)

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgekd.core import formatting
 from edgekd.core.artifact import EpochRecord, Weights
-from edgekd.core.text import visible
-from edgekd.core.trial import Measurement
-from edgekd.stages.report import labels, words
+from edgekd.core.bench_result import Measurement
+from edgekd.stages.report import plot_labels
+from edgekd.utils.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,11 +87,11 @@ def accuracy_against_latency(title: str, measurements: Sequence[Measurement], ke
 def label_dots(axes: Axes, places: Places, names: Sequence[str], steps: Places) -> None:
     """Beside each dot its name, with a line to it where there is no room; none on the line of `steps`."""
     dots, ends = ([tuple(map(float, axes.transData.transform(p))) for p in of] for of in (places, steps))
-    taken: list[labels.Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in dots]
+    taken: list[plot_labels.Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in dots]
     for (x, y), (right, top) in pairwise(ends):
         taken += [(x, y - 2, right, y + 2), (right - 2, y, right + 2, top)]
     line = {"arrowstyle": "-", "color": COLOURS["mute"], "lw": 0.6, "shrinkA": 1, "shrinkB": 4}
-    for name, place, offset in zip(names, places, labels.offsets(axes, dots, names, taken), strict=True):
+    for name, place, offset in zip(names, places, plot_labels.offsets(axes, dots, names, taken), strict=True):
         style: dict[str, Any] = {"textcoords": "offset points", "va": "center", "parse_math": False}
         axes.annotate(name, place, offset, arrowprops=line if offset[1] else None, **style)
 
@@ -142,7 +143,7 @@ def latency_distributions(title: str, names: Sequence[str], ms: Sequence[np.ndar
         for row, (name, values) in enumerate(rows):
             median = float(np.percentile(values, 50, method="inverted_cdf"))  # nearest rank, as the tables have it
             control = " (A/A control)" if name.endswith(AGAIN) and name.removesuffix(AGAIN) in place else ""
-            told = f"{short(name)}{control}: {words.figures(median)} ms"
+            told = f"{short(name)}{control}: {formatting.figures(median)} ms"
             style: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "bottom", "parse_math": False}
             axes.annotate(told, (0, row - 0.14), **style)
             hill(axes, values, low, high, row + 0.3)

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
-from edgekd.core.artifact import File
-from edgekd.core.record import Record
+from edgekd.core.artifact import File, replace_files
+from edgekd.core.build_record import Record
 from edgekd.stages.bench.gates import junit
 from edgekd.stages.report.report import report
-
-
-def replace_files(files: Iterable[File], home: Path) -> None:
-    """Copy files to where people look for them, each whole or not at all; two builds may do so at once."""
-    home.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        partial = home / f"{file.path.name}.{uuid4().hex[:8]}.partial"
-        try:
-            shutil.copyfile(file.path, partial)
-            partial.replace(home / file.path.name)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

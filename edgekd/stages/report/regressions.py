@@ -9,16 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgekd.core import plain
+from edgekd.core import formatting, serialization
+from edgekd.core.bench_result import BenchResult
+from edgekd.core.build_record import Record
 from edgekd.core.gate import Decision
-from edgekd.core.record import Record
-from edgekd.core.trial import BenchResult
 from edgekd.stages.bench.gates import EXIT
-from edgekd.stages.report import pair, words
-from edgekd.stages.report.answers import right_answers, same_images
-from edgekd.stages.report.changes import Change, Outcome, Tolerance
-from edgekd.stages.report.frontier import aligned, piped
-from edgekd.stages.report.reading import at
+from edgekd.stages.report import build_diff
+from edgekd.stages.report.change import Change, Outcome, Tolerance
+from edgekd.stages.report.correctness import right_answers, same_images
+from edgekd.stages.report.load import at
+from edgekd.stages.report.mixed_precision import aligned, piped
 
 SCHEMA = 1  # of regressions.json
 WORST: tuple[Outcome, ...] = ("regression", "undecided", "held")
@@ -63,9 +63,9 @@ def compared(old: Path, new: Path, tolerance: Tolerance) -> Regressions:
             changes.append(gone(bench, before, after))
             continue
         right = (right_answers(homes[0], before, bench), right_answers(homes[1], after, other)) if alike else ({}, {})
-        both = pair.Pair(bench, other, tolerance, alike, right)
-        remarks += [f"{bench.title}: {remark}" for remark in pair.remarks(both)]
-        changes += pair.table(both, ships(before, bench.target), ships(after, bench.target))
+        both = build_diff.Pair(bench, other, tolerance, alike, right)
+        remarks += [f"{bench.title}: {remark}" for remark in build_diff.remarks(both)]
+        changes += build_diff.table(both, ships(before, bench.target), ships(after, bench.target))
     remarks += [f"{title}: was not measured before" for title in measured]
     builds = [Build(record.name, record.created, record.edgekd) for record in (before, after)]
     return Regressions(builds[0], builds[1], tolerance, tuple(changes), tuple(remarks))
@@ -126,8 +126,8 @@ def shown(value: float | None, unit: str) -> str:
     if value is None:
         return "–"
     if unit in ("×", "B"):
-        return words.ratio(value) if unit == "×" else words.file_size(round(value))
-    return f"{value:.2f} %" if unit == "%" else f"{words.figures(value)} {unit}"
+        return formatting.ratio(value) if unit == "×" else formatting.file_size(round(value))
+    return f"{value:.2f} %" if unit == "%" else f"{formatting.figures(value)} {unit}"
 
 
 def cells(change: Change) -> tuple[str, ...]:
@@ -149,7 +149,7 @@ def basis(found: Regressions) -> str:
 
 
 def sides(found: Regressions) -> str:
-    told = [f"{side.name} of {words.when(side.created)}, edgekd {side.edgekd}" for side in (found.old, found.new)]
+    told = [f"{side.name} of {formatting.when(side.created)}, edgekd {side.edgekd}" for side in (found.old, found.new)]
     return f"before: {told[0]}; now: {told[1]}"
 
 
@@ -165,23 +165,23 @@ def text(found: Regressions) -> str:
 
 def markdown(found: Regressions) -> str:
     """For a comment on a pull request, or a job's summary."""
-    parts = [f"## {words.markdown(found.new.name)}: {headline(found)}", words.markdown(sides(found))]
+    parts = [f"## {formatting.markdown(found.new.name)}: {headline(found)}", formatting.markdown(sides(found))]
     worst = [change for outcome in WORST[:2] for change in found.changes if change.outcome == outcome]
-    lines = [f"- **{c.outcome}** {words.markdown(f'{c.table}, {c.model}, {c.measure}: {c.words}')}" for c in worst]
+    lines = [f"- **{c.outcome}** {formatting.markdown(f'{c.table}, {c.model}, {c.measure}: {c.words}')}" for c in worst]
     parts += ["\n".join(lines)] if lines else []
     for title in dict.fromkeys(change.table for change in found.changes if change.outcome != "told"):
         rows = [cells(change) for change in found.changes if change.table == title and change.outcome != "told"]
-        parts += [f"### {words.markdown(title)}", piped(HEADS, rows)]
+        parts += [f"### {formatting.markdown(title)}", piped(HEADS, rows)]
     others = [(change.table, *cells(change)[1:]) for change in found.changes if change.outcome == "told"]
     if others:
         parts += ["<details><summary>Not judged</summary>", piped(("table", *HEADS[1:]), others), "</details>"]
-    parts += ["\n".join(f"- {words.markdown(remark)}" for remark in found.remarks)] if found.remarks else []
+    parts += ["\n".join(f"- {formatting.markdown(remark)}" for remark in found.remarks)] if found.remarks else []
     return "\n\n".join([*parts, basis(found)]) + "\n"
 
 
 def summary(found: Regressions) -> dict[str, Any]:
     """What a machine wants to know."""
-    return {"schema": SCHEMA, "outcome": found.outcome, "exit_code": exit_code(found), **plain.dump(found)}
+    return {"schema": SCHEMA, "outcome": found.outcome, "exit_code": exit_code(found), **serialization.dump(found)}
 
 
 def publish(found: Regressions, out: Path) -> Path:

@@ -13,15 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgekd.core import plain
-from edgekd.core.artifact import File, Precision, Weights
-from edgekd.core.mix import Frontier
-from edgekd.core.record import SCHEMA, Record
-from edgekd.core.trial import BenchResult, Measurement
-from edgekd.stages.report import figures, frontier, manifest, plots, words
-from edgekd.stages.report.figures import PERCENT, SCORES, difference, scored, size, table, where
-from edgekd.stages.report.reading import read as read
-from edgekd.stages.report.reading import samples
+from edgekd.core import formatting, serialization
+from edgekd.core.artifact import File, Precision, Weights, size
+from edgekd.core.bench_result import BenchResult, Measurement
+from edgekd.core.build_record import SCHEMA, Record
+from edgekd.core.mixed_precision import Frontier
+from edgekd.stages.report import mixed_precision, plots, provenance, tables
+from edgekd.stages.report.load import read as read
+from edgekd.stages.report.load import samples
+from edgekd.stages.report.tables import PERCENT, SCORES, difference, scored, table, where
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Headline:
     @property
     def name(self) -> str:
         """Of the file; where it ships, under which it does."""
-        told = manifest.shipped(self.bench.target, self.ship.contestant, self.stored)
+        told = provenance.shipped(self.bench.target, self.ship.contestant, self.stored)
         return Path(told).name if self.bench.ships else self.file.path.name
 
 
@@ -60,7 +60,7 @@ def report(record: Record, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     record = dataclasses.replace(record, benches=tuple(numbers(keep_samples(bench, out)) for bench in record.benches))
     files = [{"name": f.path.name, "sha256": f.sha256, "bytes": size(f), "what": what} for f, what in all_files(record)]
-    data = {"schema": SCHEMA, **plain.dump(record), "files": files}
+    data = {"schema": SCHEMA, **serialization.dump(record), "files": files}
     write(out / "report.json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")
     write(out / "report.md", render("report.md.j2", record, files))
     write(out / "report.html", render("report.html.j2", record, files))
@@ -116,7 +116,7 @@ def render(template: str, record: Record, files: list[dict[str, Any]]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=page,
-        finalize=words.seen if page else in_markdown,
+        finalize=formatting.seen if page else in_markdown,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -124,25 +124,31 @@ def render(template: str, record: Record, files: list[dict[str, Any]]) -> str:
     )
     head = headline(record)
     images = (head and head.bench.protocol.get("images")) or record.data.test  # a device gets some of them only
-    percent = partial(words.percent, images=images)
-    filters: list[Callable[..., Any]] = [words.figures, words.count, words.file_size, words.ratio, words.interval]
+    percent = partial(formatting.percent, images=images)
+    filters: list[Callable[..., Any]] = [
+        formatting.figures,
+        formatting.count,
+        formatting.file_size,
+        formatting.ratio,
+        formatting.interval,
+    ]
     filters += [
-        words.near_one,
-        words.duration,
-        words.when,
-        words.flat,
-        words.setting,
-        words.yaml,
-        words.unmeasured,
-        words.code,
+        formatting.near_one,
+        formatting.duration,
+        formatting.when,
+        formatting.flat,
+        formatting.setting,
+        formatting.yaml,
+        formatting.unmeasured,
+        formatting.code,
     ]
     environment.filters |= {show.__name__: show for show in filters}
-    environment.filters |= {"percent": percent, "points": partial(words.points, images=images)}
+    environment.filters |= {"percent": percent, "points": partial(formatting.points, images=images)}
     environment.globals |= {"size": size, "table": partial(table, percent=percent), "where": where}
-    environment.globals |= {"frontier": frontier, "frontier_plot": frontier_plot}
-    environment.globals |= {show.__name__: partial(show, percent=percent) for show in (figures.brief, figures.full)}
-    environment.globals |= {"places": figures.places, "shared": figures.shared}
-    environment.globals["stamp"] = manifest.digest(manifest.provenance(record))
+    environment.globals |= {"frontier": mixed_precision, "frontier_plot": frontier_plot}
+    environment.globals |= {show.__name__: partial(show, percent=percent) for show in (tables.brief, tables.full)}
+    environment.globals |= {"places": tables.places, "shared": tables.shared}
+    environment.globals["stamp"] = provenance.digest(provenance.provenance(record))
     environment.globals |= {"draw": draw, "curve": curve, "difference": difference, "best": best}
     key = score(record)
     low = head.ship.contestant.precision.upper() if head else "INT8"
@@ -154,7 +160,7 @@ def render(template: str, record: Record, files: list[dict[str, Any]]) -> str:
 
 def in_markdown(value: Any) -> str:
     """Whatever it holds; what is markup already stays as it is."""
-    return str(value) if hasattr(value, "__html__") else words.markdown(value)
+    return str(value) if hasattr(value, "__html__") else formatting.markdown(value)
 
 
 def headline(record: Record) -> Headline | None:
@@ -254,4 +260,4 @@ def curve(weights: Weights) -> str:
 def frontier_plot(found: Frontier) -> str:
     import markupsafe
 
-    return markupsafe.Markup(frontier.drawn(found))
+    return markupsafe.Markup(mixed_precision.drawn(found))

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekd.core import onnx_facts, onnx_files, plain
+from edgekd.core import serialization
 from edgekd.core.artifact import File
-from edgekd.core.errors import ConfigError, EdgekdError
-from edgekd.core.places import leads_out
-from edgekd.stages.report.manifest import BUNDLES, NAME, SHIPS, STAMP, content, digest, props, read
+from edgekd.errors import ConfigError, EdgekdError
+from edgekd.onnx import inspect, writer
+from edgekd.stages.report.provenance import BUNDLES, NAME, SHIPS, STAMP, content, digest, props, read
+from edgekd.utils.paths import leads_out
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def listed(folder: Path, name: str) -> dict[str, str]:
             raise ConfigError("it is no entry of a step") from None
         return {str(place.parent / file): sha256 for file, sha256 in found.items()}
     if place.match(BUNDLES):
-        files = plain.load(OfBundle, content(folder / name)).files
+        files = serialization.load(OfBundle, content(folder / name)).files
         return {str(place.parent / file): facts.sha256 for file, facts in files.items()}
     return {}
 
@@ -146,14 +147,14 @@ def stamps(folder: Path, found: Mapping[str, Any], known: set[str]) -> Iterator[
             if not (name.startswith(f"{SHIPS}/{target}/") and name.endswith(".onnx")):
                 continue
             try:
-                model = onnx_facts.load(folder / name)
+                model = inspect.load(folder / name)
             except EdgekdError as error:
                 yield Finding(name, error.what)
                 continue
             kept = props(model)
             if kept.pop(STAMP, "") != found["sha256"]:
                 yield Finding(name, "is stamped with another manifest")
-            elif hashlib.sha256(onnx_files.content(model, kept)).hexdigest() != told["files"].get(told["ships"]):
+            elif hashlib.sha256(writer.content(model, kept)).hexdigest() != told["files"].get(told["ships"]):
                 yield Finding(name, "is not the file that was measured")
 
 

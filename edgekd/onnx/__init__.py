@@ -1,0 +1,1 @@
+"""ONNX files: read, validate, inspect, run and write them. Imports without torch."""

@@ -1,0 +1,1 @@
+"""Whole jobs composed of stages; start reading at build.py."""
