@@ -60,7 +60,7 @@ class TeacherConfig(Settings):
 class StudentConfig(Settings):
     model: Model
     method: Method
-    baselines: tuple[Method, ...] = ()  # the same student taught otherwise; `alone` is always there
+    baselines: tuple[Method, ...] = ()  # the same student taught otherwise; `supervised` is always there
     epochs: int = 40
     train: TrainConfig = TrainConfig()
     seed: int = 0

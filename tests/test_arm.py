@@ -83,7 +83,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     ranges = ranges_of(home, fp32, calibration, QuantizeConfig())
     int8 = quantize_with(home, fp32, calibration, ARM.dialect, ranges)
     networks = (
-        Sent("teacher", "teacher", "alone", True, fp32.single),
+        Sent("teacher", "teacher", "supervised", True, fp32.single),
         Sent("net", "student", "any", True, fp32.single, int8.single, ranges),
     )
     return bundle(out, "digits", "arm", ARM, networks, calibration, inputs, answers, runner=File.of(runner_path()),

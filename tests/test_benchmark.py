@@ -18,7 +18,7 @@ from edgekd.core import plugins, serialization
 from edgekd.core.artifact import File
 from edgekd.core.bench_result import BenchResult, Contestant, Interval, Trial
 from edgekd.errors import ConfigError, DataError, EdgekdError, StaleArtifact
-from edgekd.metrics import compute
+from edgekd.metrics import _compute as compute
 from edgekd.metrics._percentile import nearest_rank
 from edgekd.stages.bench import entries, statistics
 from edgekd.stages.bench import runner as stage

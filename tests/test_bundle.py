@@ -98,7 +98,7 @@ def sent(network, digits, files, tmp_path_factory):
         fp32, int8 = exported[asked].single, None
         if target.dialect.form != "cache":
             int8 = quantize_with(out, exported[asked], files[0], target.dialect, ranges[asked]).single
-        teacher = Sent("teacher", "teacher", "alone", True, fp32)
+        teacher = Sent("teacher", "teacher", "supervised", True, fp32)
         made[target] = (teacher, Sent("net", "student", "any", True, fp32, int8, ranges[asked]))
     return made
 

@@ -38,7 +38,7 @@ from tests import zoo
 
 ROOT = Path(__file__).parent.parent
 TRAIN = TrainConfig(batch=16, precision="fp32")
-ALONE, KD, FINE_TUNE = (plugins.load("methods", name) for name in ("alone", "kd", "fine_tune"))
+SUPERVISED, KD, FINE_TUNE = (plugins.load("methods", name) for name in ("supervised", "kd", "fine_tune"))
 
 
 TOYS = """
@@ -91,7 +91,7 @@ def blobs(**compare):
         name="blobs",
         data=zoo.Blobs(),
         teacher=TeacherConfig(model=family("big"), epochs=4, train=TRAIN),
-        student=StudentConfig(model=family("small"), method=ALONE(), baselines=(KD(),), epochs=30, train=TRAIN),
+        student=StudentConfig(model=family("small"), method=SUPERVISED(), baselines=(KD(),), epochs=30, train=TRAIN),
         targets=(plugins.load("targets", "cpu")(),),
         calib=CalibConfig(images=16),
         compare=CompareConfig(**({"seeds": 2} | compare)),
@@ -110,7 +110,7 @@ def made(tmp_path_factory):
 
 def test_every_contender_is_taught_with_every_seed_and_measured(made):
     _, found = made
-    assert [s.name for s in found.standings] == ["alone", "kd"]
+    assert [s.name for s in found.standings] == ["supervised", "kd"]
     for standing in found.standings:
         assert [run.seed for run in standing.runs] == [0, 1]
         for run in standing.runs:
@@ -120,7 +120,7 @@ def test_every_contender_is_taught_with_every_seed_and_measured(made):
             # by hand: 8x8 pixels, then 4x4; kernels of 3x3
             assert run.macs == 64 * 9 * 1 * 4 + 16 * 9 * 4 * 8 + 16 * 9 * 8 * 16 + 16 * 3
             assert run.parameters == sum(p.numel() for p in zoo.Toy().parameters())
-    one, two = (next(s for s in found.standings if s.name == name).runs for name in ("alone", "kd"))
+    one, two = (next(s for s in found.standings if s.name == name).runs for name in ("supervised", "kd"))
     assert len({run.sha256 for run in (*one, *two)}) == 4
 
 
@@ -139,8 +139,8 @@ def test_without_a_word_kd_is_the_baseline_or_else_the_first():
     hot = Rival("hot", KD(temperature=8.0))
     for config, name in (
         (blobs(), "kd"),
-        (blobs(methods=(ALONE(),), rivals=(hot,)), "alone"),
-        (blobs(baseline="alone"), "alone"),
+        (blobs(methods=(SUPERVISED(),), rivals=(hot,)), "supervised"),
+        (blobs(baseline="supervised"), "supervised"),
     ):
         entries = compare_module.contenders(config)
         assert compare_module.baseline_row(config, entries, [e.label for e in entries]) == name
@@ -150,19 +150,19 @@ def test_a_lesson_is_the_one_that_a_build_gives(tmp_path):
     config = blobs(seeds=1)
     found = compared(tmp_path / "compared", config)  # one lesson at a time: with all threads, as a build
     by_name = {w.name: w.file.sha256 for w in distilled(config, tmp_path / "built")}
-    assert {s.name: s.runs[0].sha256 for s in found.standings} == {name: by_name[name] for name in ("alone", "kd")}
+    assert {s.name: s.runs[0].sha256 for s in found.standings} == {name: by_name[name] for name in ("supervised", "kd")}
 
 
 def test_it_is_told_in_three_forms(made):
     out, found = made
     text = (out / "compare.md").read_text()
-    assert "| alone |" in text and "| kd |" in text and "edgekd compare blobs" in text and "torch" in text
+    assert "| supervised |" in text and "| kd |" in text and "edgekd compare blobs" in text and "torch" in text
     told = json.loads((out / "compare.json").read_text())
     assert told["contenders"]["kd"]["method"] == serialization.dump(KD())
     assert told["standings"][1]["runs"][0]["seconds"] > 0
     svg = (out / "compare.svg").read_text()
     assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
-    assert "var(" not in svg and "alone: " in svg
+    assert "var(" not in svg and "supervised: " in svg
 
 
 def test_a_second_comparison_teaches_nothing(made):
@@ -175,9 +175,9 @@ def test_a_second_comparison_teaches_nothing(made):
 
 
 def test_students_are_marked_by_their_int8_files_too(tmp_path):
-    config = blobs(seeds=1, int8=True, baseline="alone int8")
+    config = blobs(seeds=1, int8=True, baseline="supervised int8")
     found = compared(tmp_path, config)
-    assert [s.name for s in found.standings] == ["alone", "alone int8", "kd", "kd int8"]
+    assert [s.name for s in found.standings] == ["supervised", "supervised int8", "kd", "kd int8"]
     assert found.standings[1].verdict == "baseline"
     (inputs,) = (tmp_path / "steps").glob("exam-*/inputs.npy")
     (labels,) = (tmp_path / "steps").glob("data-*/test-labels.npy")
@@ -252,18 +252,18 @@ def test_what_a_method_refuses_is_said_as_it_says_it(made):
     ],
 )
 def test_a_lesson_that_fails_is_named_and_finished_ones_are_kept(network, says, tmp_path):
-    config = blobs(methods=(ALONE(),), rivals=(Rival("hot (8)", ALONE(), family(network)),), seeds=1)
+    config = blobs(methods=(SUPERVISED(),), rivals=(Rival("hot (8)", SUPERVISED(), family(network)),), seeds=1)
     with pytest.raises(TrainingError, match=rf"^`hot \(8\)`, seed 0: {says}") as error:
         compared(tmp_path, config)
     assert error.value.hint
-    assert list(tmp_path.glob("steps/lesson-alone-seed0-*/alone.safetensors"))
+    assert list(tmp_path.glob("steps/lesson-supervised-seed0-*/supervised.safetensors"))
 
 
 def test_a_lesson_whose_process_is_killed_says_so(tmp_path):
     task = zoo.blobs_task(tmp_path / "data")
     course = Course(1, TRAIN, Augment(), seed=7)
     with Classroom(1, 1) as room, pytest.raises(TrainingError, match="process of the lesson was killed by signal 9"):
-        room.teach(tmp_path, "poor", task, family("deadly"), ALONE(), course, (), None)
+        room.teach(tmp_path, "poor", task, family("deadly"), SUPERVISED(), course, (), None)
 
 
 def test_a_network_is_graded_by_what_its_task_is_scored_with(tmp_path):
@@ -317,12 +317,12 @@ def test_what_a_method_chose_is_told_once_for_each_lesson(made, tmp_path):
     routes = [{"teacher": f"a.{n}", "student": f"b.{n}", "losses": [0.5], "won": n == 1} for n in range(3)]
     rows = {name: (a_run(0, 50.0, {"routes": routes}),) for name in ("kpn", "kpn int8")}
     rows["steps/one"] = rows["steps/two"] = (a_run(0, 50.0, {"steps": ["wider"] * 99}), a_run(1, 50.0, {"end": "good"}))
-    rows["alone"] = (a_run(0, 40.0),)
+    rows["supervised"] = (a_run(0, 40.0),)
     told = replace(
         made[1],
-        standings=standings(rows, "alone", "top1"),
-        baseline="alone",
-        contenders={"kpn": {}, "steps": {}, "alone": {}},
+        standings=standings(rows, "supervised", "top1"),
+        baseline="supervised",
+        contenders={"kpn": {}, "steps": {}, "supervised": {}},
     )
     publish(told, tmp_path)
     _, _, text = (tmp_path / "compare.md").read_text().partition("## What was chosen\n\n")
@@ -344,9 +344,9 @@ def test_only_seeds_that_both_have_are_paired():
 
 def test_several_settings_of_a_method_are_told_apart_by_what_differs():
     plain_kd, hot, nested = KD(), KD(temperature=8.0), Rival("hot", KD(temperature=8.0))
-    assert compare_module.labels([plain_kd, ALONE()]) == ["kd", "alone"]
+    assert compare_module.labels([plain_kd, SUPERVISED()]) == ["kd", "supervised"]
     assert compare_module.labels([plain_kd, hot]) == ["kd(temperature=4.0)", "kd(temperature=8.0)"]
-    config = blobs(methods=(plain_kd,), rivals=(nested, Rival("big", ALONE(), family("big"))))
+    config = blobs(methods=(plain_kd,), rivals=(nested, Rival("big", SUPERVISED(), family("big"))))
     assert [(c.label, c.model) for c in compare_module.contenders(config)] == [
         ("kd", family("small")),
         ("hot", family("small")),
@@ -355,7 +355,7 @@ def test_several_settings_of_a_method_are_told_apart_by_what_differs():
 
 
 def test_names_on_the_command_line_choose_settings_from_the_configuration_or_defaults():
-    config = blobs(methods=(KD(temperature=8.0),), rivals=(Rival("big", ALONE(), family("big")),))
+    config = blobs(methods=(KD(temperature=8.0),), rivals=(Rival("big", SUPERVISED(), family("big")),))
     chosen = compare_module.entered(config, ("fine_tune", "kd", "big"), 5, "kd")
     assert chosen.compare.methods == (FINE_TUNE(), KD(temperature=8.0))
     assert chosen.compare.rivals == config.compare.rivals and chosen.compare.seeds == 5
@@ -366,7 +366,11 @@ def test_names_on_the_command_line_choose_settings_from_the_configuration_or_def
 @pytest.mark.parametrize(
     ("change", "says", "hint"),
     [
-        (lambda: compare_module.entered(blobs(), ("alnoe",), None, None), "no method and no rival `alnoe`", "`alone`"),
+        (
+            lambda: compare_module.entered(blobs(), ("supervsed",), None, None),
+            "no method and no rival `supervsed`",
+            "`supervised`",
+        ),
         (
             lambda: compare_module.entered(blobs(), ("curriculum",), None, None),
             "`curriculum` cannot be used with its defaults alone: base is missing",
@@ -378,10 +382,10 @@ def test_names_on_the_command_line_choose_settings_from_the_configuration_or_def
             "two contenders are called `kd`",
             "keep one",
         ),
-        (lambda: blobs(rivals=(Rival("kd", ALONE()),)), "two contenders are called `kd`", "another name"),
-        (lambda: blobs(baseline="alnoe"), "baseline `alnoe` is not among", "`alone`"),
-        (lambda: blobs(methods=()), "no contenders", "alone"),
-        (lambda: Rival("a/b", ALONE()), "a/b", "slash"),
+        (lambda: blobs(rivals=(Rival("kd", SUPERVISED()),)), "two contenders are called `kd`", "another name"),
+        (lambda: blobs(baseline="supervsed"), "baseline `supervsed` is not among", "`supervised`"),
+        (lambda: blobs(methods=()), "no contenders", "supervised"),
+        (lambda: Rival("a/b", SUPERVISED()), "a/b", "slash"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_taught(change, says, hint, tmp_path):
@@ -392,7 +396,11 @@ def test_mistakes_are_found_before_anything_is_taught(change, says, hint, tmp_pa
 
 
 def test_a_yaml_file_can_hold_the_whole_comparison(tmp_path):
-    overrides = ("compare.seeds=4", "compare.methods=[{use: kd}]", "compare.rivals=[{name: x, method: {use: alone}}]")
+    overrides = (
+        "compare.seeds=4",
+        "compare.methods=[{use: kd}]",
+        "compare.rivals=[{name: x, method: {use: supervised}}]",
+    )
     config = configured("digits", overrides, (), small=False)
     assert [c.label for c in compare_module.contenders(config)] == ["kd", "x"]
     assert config.compare.seeds == 4

@@ -136,7 +136,7 @@ from pathlib import Path
 from edgekd.core.step_cache import Ledger
 from edgekd.core.dataset import Augment
 from edgekd.training.trainer import TrainConfig
-from edgekd.methods.supervised import Alone
+from edgekd.methods.supervised import Supervised
 from edgekd.models.resnet import ResNet
 from edgekd.stages.distill.distill import distill
 from edgekd.stages.distill.setup import Course
@@ -148,7 +148,7 @@ task = zoo.blobs_task(home / "data")
 course = Course(12, TrainConfig(batch=16, precision="fp32"), Augment(1, True), 0)
 ledger = Ledger(home / "steps")
 with ledger.locked():
-    (made,) = ledger.step("teach", tuple[Trained, ...], distill, "s", task, ResNet(8, 8), Alone(), course, ())
+    (made,) = ledger.step("teach", tuple[Trained, ...], distill, "s", task, ResNet(8, 8), Supervised(), course, ())
 print(made.weights.file.sha256, len(made.weights.phases[0].curve))
 """
 

@@ -22,7 +22,7 @@ from edgekd.methods.kpn import KPN, Route
 from edgekd.methods.multi_teacher import MultiTeacher, Weighing
 from edgekd.methods.quant_aware import QuantAware
 from edgekd.methods.sparse_match import SparseMatch
-from edgekd.methods.supervised import Alone
+from edgekd.methods.supervised import Supervised
 from edgekd.training.fake_quant import Rounding
 from edgekd.training.losses import soft_kl, standardised
 from tests import zoo
@@ -259,7 +259,7 @@ def test_multi_teacher_mixes_labels_answers_angles_and_hints(standardise):
 @pytest.mark.parametrize("standardise", [False, True])
 def test_quant_aware_mixes_labels_and_answers_of_the_rounded_student(standardise, tmp_path):
     lesson = a_lesson(blueprint=lambda network: zoo.drafted(tmp_path, network))
-    method = QuantAware(Alone(), **PART, standardise=standardise)
+    method = QuantAware(Supervised(), **PART, standardise=standardise)
     phase = phase_of(method, lesson, "int8")
     rounded = Rounding(lesson.student, lesson.blueprint(lesson.student), a_batch().x)
     with torch.no_grad():

@@ -265,7 +265,7 @@ def test_a_build_measures_both_runtimes_and_reports_all_rows(tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stderr
     targets = json.loads(done.stdout)["targets"]
-    names = ["teacher fp32", "kpn fp32", "kpn int8", "alone fp32"]
+    names = ["teacher fp32", "kpn fp32", "kpn int8", "supervised fp32"]
     assert list(targets["cpu"]) == names
     floats = [[n, f"{n} (default precision)"] if n.endswith("fp32") else [n] for n in names]
     assert list(targets["openvino"]) == sum(floats, [])

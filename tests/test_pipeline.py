@@ -51,7 +51,7 @@ def test_a_latency_budget_that_nothing_meets_is_told_at_once_and_to_machines(cap
 def test_a_build_measures_teacher_student_and_baselines(built):
     home, summary = built
     models = summary["targets"]["cpu"]
-    assert list(models) == ["teacher fp32", "kpn fp32", "kpn int8", "alone fp32", "kd fp32"]
+    assert list(models) == ["teacher fp32", "kpn fp32", "kpn int8", "supervised fp32", "kd fp32"]
     assert all(0 <= m["top1"] <= 100 and m["p50_ms"] > 0 for m in models.values())
     assert models["kpn int8"]["agreement"] > 80
 
@@ -73,7 +73,7 @@ def test_the_report_is_there_in_three_forms_and_needs_no_network(built):
     assert "kpn int8" in html and "<script" not in html and "http://" not in html and "https://" not in html
     assert "kpn int8" in (out / "report.md").read_text()
     record = json.loads((out / "report.json").read_text())
-    assert {r["method"] for r in record["students"]} == {"kpn", "alone", "kd"}
+    assert {r["method"] for r in record["students"]} == {"kpn", "supervised", "kd"}
     assert [r["won"] for r in record["students"][0]["notes"]["routes"]].count(True) == 1
     assert record["benches"][0]["machine"]["processor"]
 
@@ -132,9 +132,9 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_students(built, tmp_path)
 
 def test_stages_work_alone_on_files_of_any_origin(built, tmp_path):
     steps = built[0] / "out" / "steps"
-    model = next(steps.glob("export-alone-*/alone.onnx"))
+    model = next(steps.glob("export-supervised-*/supervised.onnx"))
     calib = built[0] / "calib_data" / "digits-smoke" / "images.npz"
-    weights = next(steps.glob("distill-alone-*/alone.safetensors"))
+    weights = next(steps.glob("distill-supervised-*/supervised.safetensors"))
     made = edgekd("quantize", model, "--calib", calib, "--target", "cpu", "-o", "q.onnx", "--json", cwd=tmp_path)
     assert json.loads(made.stdout)["precision"] == "int8"
     words = ["--model", "resnet:depth=8,width=16", "--checkpoint", weights, "--images", calib, "--classes", "10"]
@@ -172,7 +172,7 @@ def test_init_writes_a_configuration_that_builds(tmp_path):
     again = edgekd("init", cwd=tmp_path, check=False)
     assert again.returncode == 2 and "exists" in again.stderr
     made = edgekd("distill", "edgekd.yaml", "--smoke", "--set", "student.baselines=[]", "--json", cwd=tmp_path)
-    assert [row["name"] for row in json.loads(made.stdout)] == ["teacher", "kpn", "alone"]
+    assert [row["name"] for row in json.loads(made.stdout)] == ["teacher", "kpn", "supervised"]
 
 
 def test_list_and_doctor_speak_to_machines_too(tmp_path):

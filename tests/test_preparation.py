@@ -466,19 +466,25 @@ def test_answers_that_move_are_refused(made, tmp_path, monkeypatch):
 
 def test_a_build_makes_int8_of_the_prepared_network_and_measures_the_exported_one(tmp_path):
     switches = ("quantize.equalize=true", "quantize.correct_bias=true", "quantize.per_channel=false")
-    config = configured("digits", ("student.method={use: alone}", "student.baselines=[]", *switches), ("cpu",), True)
+    config = configured(
+        "digits", ("student.method={use: supervised}", "student.baselines=[]", *switches), ("cpu",), True
+    )
     record = build_module.build(config, tmp_path / "out", tmp_path / "calib", "edgekd")
     steps = tmp_path / "out" / "steps"
-    (suited,) = steps.glob("prepare-int8-alone-*")
-    (fp32,) = steps.glob("export-alone-*")
-    (int8,) = steps.glob("quantize-alone-cpu-*")
+    (suited,) = steps.glob("prepare-int8-supervised-*")
+    (fp32,) = steps.glob("export-supervised-*")
+    (int8,) = steps.glob("quantize-supervised-cpu-*")
     shas = {m.contestant.name: m.contestant.file.sha256 for m in record.benches[0].measurements}
-    assert shas["alone fp32"] == File.of(fp32 / "alone.onnx").sha256 != File.of(suited / "alone.onnx").sha256
-    assert shas["alone int8"] == File.of(int8 / "alone-int8.onnx").sha256
-    scales = [a for n, a in constants_of(int8 / "alone-int8.onnx").items() if n.endswith("weight_scale")]
+    assert (
+        shas["supervised fp32"]
+        == File.of(fp32 / "supervised.onnx").sha256
+        != File.of(suited / "supervised.onnx").sha256
+    )
+    assert shas["supervised int8"] == File.of(int8 / "supervised-int8.onnx").sha256
+    scales = [a for n, a in constants_of(int8 / "supervised-int8.onnx").items() if n.endswith("weight_scale")]
     assert scales and all(a.size == 1 for a in scales)
     inputs = np.load(next(steps.glob("exam-*/inputs.npy")))
-    assert gap(fp32 / "alone.onnx", suited / "alone.onnx", inputs) < 1e-4
+    assert gap(fp32 / "supervised.onnx", suited / "supervised.onnx", inputs) < 1e-4
 
 
 # what must not be touched

@@ -20,7 +20,7 @@ from edgekd.core.tensor_fingerprint import mark, nearest
 from edgekd.errors import ConfigError, ModelError
 from edgekd.methods.kd import KD
 from edgekd.methods.quant_aware import QuantAware
-from edgekd.methods.supervised import Alone
+from edgekd.methods.supervised import Supervised
 from edgekd.onnx import session
 from edgekd.stages.distill.setup import Course, a_trainer
 from edgekd.stages.export.export import ExportConfig, export
@@ -347,7 +347,7 @@ def test_impossible_settings_are_refused(settings, cause):
 
 def test_a_lesson_without_a_target_is_refused_before_any_training(tmp_path):
     with pytest.raises(ConfigError, match="no INT8 file to learn for"):
-        next(QuantAware(Alone()).teach(a_lesson(tmp_path)))
+        next(QuantAware(Supervised()).teach(a_lesson(tmp_path)))
 
 
 def test_a_network_that_cannot_be_traced_says_why():

@@ -51,7 +51,7 @@ def row(name: str, ms: float = MS, top1: float = 95.0, size: int = 1000, sha: st
 
 
 def bench(*rows: Measurement, **more: Any) -> BenchResult:
-    contestant = Contestant("teacher fp32", "teacher", "alone", "fp32", remembered(9000), 100, 200)
+    contestant = Contestant("teacher fp32", "teacher", "supervised", "fp32", remembered(9000), 100, 200)
     teacher = Measurement(contestant, {"top1": 96.0, "p50_ms": 4.0}, None, "", intervals={"p50_ms": around(4.0)})
     made = BenchResult("cpu", "", HERE, RUNTIME, PROTOCOL, STEADY, (), (teacher, *rows), None, "", 1.0, "kd int8")
     return replace(made, **more)

@@ -21,7 +21,7 @@ from edgekd.methods.curriculum import Curriculum, Stage
 from edgekd.methods.kd import KD
 from edgekd.methods.kpn import KPN
 from edgekd.methods.multi_teacher import MultiTeacher, Weighing, angles, gap, mixed
-from edgekd.methods.supervised import Alone
+from edgekd.methods.supervised import Supervised
 from edgekd.models.resnet import PLUGIN as CifarFamily
 from edgekd.stages.distill.distill import Played
 from edgekd.stages.distill.setup import Course, a_trainer
@@ -603,7 +603,7 @@ def test_only_the_first_assistant_meets_a_teacher_of_other_classes():
     knowns = []
 
     @dataclass(frozen=True)
-    class Asking(Alone):
+    class Asking(Supervised):
         def teach(self, lesson):
             knowns.append(lesson.knows)
             return super().teach(lesson)

@@ -28,10 +28,10 @@ from edgekd.stages.report.report import read, report
 EVIL = "<script>alert(1)</script>"
 TRICKY = 'a|b `c` *d* [e](http://f) @g $h_1$ "i"'
 MODELS = {  # name: role, method, precision, top-1, median ms, bytes
-    "teacher fp32": ("teacher", "alone", "fp32", 97.2, 1.843, 44_800),
+    "teacher fp32": ("teacher", "supervised", "fp32", 97.2, 1.843, 44_800),
     "student fp32": ("student", "kpn", "fp32", 96.4, 0.512, 11_300),
     "student int8": ("student", "kpn", "int8", 96.1, 0.2134, 3_700),
-    "alone fp32": ("baseline", "alone", "fp32", 94.7, 0.5131, 11_300),
+    "supervised fp32": ("baseline", "supervised", "fp32", 94.7, 0.5131, 11_300),
     "kd fp32": ("baseline", "kd", "fp32", 95.6, 0.5117, 11_300),
 }
 LATIN = "ms, points, %, and a name that is not ASCII: 数字"
@@ -150,10 +150,10 @@ def record(tmp_path: Path) -> Record:
         command="edgekd build digits --target cpu",
         config={"name": "digits", "distill": {"epochs": 20, "method": {"use": "kpn"}}, "note": EVIL},
         data=DataFacts("digits", ("zero", EVIL, TRICKY, LATIN), (1, 8, 8), 1077, 360, 360, 540, 128),
-        teacher=weights(home, "teacher", "alone", 0.9812, phase("train", 10, {"task": 0.1}, 0.9812)),
+        teacher=weights(home, "teacher", "supervised", 0.9812, phase("train", 10, {"task": 0.1}, 0.9812)),
         students=(
             taught_by_projection(home),
-            weights(home, "student", "alone", 0.951, phase("train", 12, {"task": 0.3}, 0.951)),
+            weights(home, "student", "supervised", 0.951, phase("train", 12, {"task": 0.3}, 0.951)),
             weights(home, "student", "kd", 0.959),
         ),
         models=tuple(
@@ -278,7 +278,7 @@ def test_first_screen_answers_which_file_how_accurate_how_fast_on_what(record, t
         "onnxruntime 1.31.0", "1 thread",
     ):  # fmt: skip
         assert fact in first
-    assert "kpn against alone: +1.7 points" in page and "conditions: load 1min" in page
+    assert "kpn against supervised: +1.7 points" in page and "conditions: load 1min" in page
 
 
 def on_a_board_without_int8(record: Record) -> Record:

@@ -13,7 +13,7 @@ from edgekd.core import serialization
 from edgekd.core.quant_scheme import DIALECTS
 from edgekd.core.target import Target
 from edgekd.errors import ConfigError
-from edgekd.methods.supervised import Alone
+from edgekd.methods.supervised import Supervised
 from edgekd.models.resnet import ResNet
 from edgekd.pipelines.build import build, headline, summary
 from edgekd.pipelines.deploy import builds, named
@@ -111,7 +111,7 @@ def config():
     """Small networks, for a processor, a Jetson with INT8 and one without."""
     config = configured("digits", (), ("cpu",), True)
     tiny = ResNet(depth=8, width=4)
-    student = replace(config.student, model=tiny, method=Alone(), baselines=(), epochs=1)
+    student = replace(config.student, model=tiny, method=Supervised(), baselines=(), epochs=1)
     targets = (Cpu(), Jetson(), Jetson(jetpack="4.6", board="nano"))
     return replace(
         config, teacher=replace(config.teacher, model=tiny, epochs=1), student=student, targets=targets, name="toy"
@@ -143,8 +143,12 @@ def test_a_build_without_a_board_ends_with_a_bundle_and_says_what_to_type(built)
 def test_each_target_gets_files_of_its_own_opset_from_one_calibration(built):
     out, _ = built
     steps = {path.name.rpartition("-")[0] for path in (out / "steps").iterdir() if path.is_dir()}
-    assert {"export-alone", "export-alone-opset13", "ranges-alone"} <= steps and "ranges-alone-opset13" not in steps
-    assert {"quantize-alone-cpu", "quantize-alone-jetson-orin-nano-6.2"} <= steps
+    assert {
+        "export-supervised",
+        "export-supervised-opset13",
+        "ranges-supervised",
+    } <= steps and "ranges-supervised-opset13" not in steps
+    assert {"quantize-supervised-cpu", "quantize-supervised-jetson-orin-nano-6.2"} <= steps
     for name, opset, ir in (("orin-nano-6.2", 20, 10), ("nano-4.6", 13, 7)):
         for path in (out / f"bundle-jetson-{name}" / "models").glob("*.onnx"):
             model = onnx.load(path)
@@ -172,4 +176,4 @@ def test_a_bundle_of_a_target_that_is_measured_here_comes_when_asked_for(built, 
     out, _ = built
     build(config, out, tmp_path / "calib", "edgekd build --bundle", bundles=True)
     told = json.loads((out / "bundle-cpu" / "manifest.json").read_text())
-    assert [e["name"] for e in told["engines"]] == ["teacher fp32", "alone fp32", "alone int8"]
+    assert [e["name"] for e in told["engines"]] == ["teacher fp32", "supervised fp32", "supervised int8"]

@@ -13,7 +13,7 @@ from edgekd.core.dataset import Augment
 from edgekd.core.method import Lesson, Method, Phase
 from edgekd.core.model import Model
 from edgekd.errors import CheckpointError, ConfigError, DataError, TrainingError
-from edgekd.methods.supervised import Alone
+from edgekd.methods.supervised import Supervised
 from edgekd.models.python import Python
 from edgekd.models.resnet import ResNet
 from edgekd.stages.distill.distill import adopt, distill, introduce
@@ -305,7 +305,7 @@ def test_more_labels_than_there_are_is_refused(tmp_path):
     task = zoo.blobs_task(tmp_path / "data")
     course = Course(1, TrainConfig(), Augment(), 0, labels_per_class=99)
     with pytest.raises(DataError, match="labels_per_class is 99, but class number 0 has 16 training images"):
-        distill(tmp_path, "s", task, ResNet(8, 4), Alone(), course, ())
+        distill(tmp_path, "s", task, ResNet(8, 4), Supervised(), course, ())
 
 
 def test_a_family_of_networks_is_settings_only():

@@ -18,7 +18,7 @@ from edgekd.methods.fitnet import FitNet
 from edgekd.methods.kd import KD
 from edgekd.methods.kpn import KPN, Route
 from edgekd.methods.multi_teacher import MultiTeacher
-from edgekd.methods.supervised import Alone
+from edgekd.methods.supervised import Supervised
 from edgekd.models.resnet import ResNet
 from edgekd.pipelines.build import build, distilled, tasks
 from edgekd.stages.bench.config import BenchConfig
@@ -141,7 +141,7 @@ def test_a_checkpoint_of_other_classes_needs_no_data(root, tmp_path):
 
 
 def test_a_build_with_one_target_twice_is_refused(root, tmp_path):
-    config = replace(a_config(root, Alone()), targets=(Cpu(), Cpu()))
+    config = replace(a_config(root, Supervised()), targets=(Cpu(), Cpu()))
     with pytest.raises(ConfigError, match="a target is there twice"):
         build(config, tmp_path / "out", tmp_path / "calib", "")
 
@@ -170,4 +170,4 @@ def test_a_method_that_needs_labels_sees_equally_many_images():
     assert replace(half, epochs=12, unlabelled=0, labelled_share=0.0) == half.labelled(2)
     all_labelled = Course(3, QUICK, Augment(), 0, labels_per_class=2)
     assert all_labelled.labelled(2) is all_labelled
-    assert Alone.LABELS_ONLY and FineTune.LABELS_ONLY and not KD.LABELS_ONLY
+    assert Supervised.LABELS_ONLY and FineTune.LABELS_ONLY and not KD.LABELS_ONLY

@@ -1,4 +1,4 @@
-"""alone: the student learns from labels only, without a teacher. The baseline of every report."""
+"""supervised: the student learns from labels only, without a teacher. The baseline of every report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from edgekd.training.losses import supervised
 
 
 @dataclass(frozen=True)
-class Alone(Method):
+class Supervised(Method):
     LABELS_ONLY: ClassVar[bool] = True
 
     def teach(self, lesson: Lesson) -> Script:
@@ -19,8 +19,8 @@ class Alone(Method):
         def loss(batch: Batch) -> Losses:
             return {"task": supervised(student(batch.x), batch.y)}
 
-        yield Phase("alone", trains=(student,), loss=loss, epochs=lesson.epochs)
+        yield Phase("supervised", trains=(student,), loss=loss, epochs=lesson.epochs)
         return {"student": student}
 
 
-PLUGIN = Alone
+PLUGIN = Supervised

@@ -21,7 +21,7 @@ from edgekd.core.method import Method
 from edgekd.core.model import Model
 from edgekd.core.step_cache import Ledger, code
 from edgekd.errors import ConfigError
-from edgekd.methods.supervised import Alone
+from edgekd.methods.supervised import Supervised
 from edgekd.pipelines.deploy import Away, Delivered, deliver, export_all, fitted, named
 from edgekd.pipelines.quantize import Material, readable
 from edgekd.pipelines.target_probe import Priced
@@ -188,7 +188,7 @@ def teach(ledger: Ledger, config: BuildConfig, taught: tuple[Task, ...]) -> tupl
             continue
         augment = (c.data or config.data).augment
         course = Course(c.epochs, ready(c.train), augment, c.seed, with_validation=c.with_validation)
-        made += ledger.step(name, Family, distill, name, task, c.model, Alone(), course, ())
+        made += ledger.step(name, Family, distill, name, task, c.model, Supervised(), course, ())
     return tuple(made)
 
 
@@ -217,7 +217,7 @@ def teach_students(
 
 def methods(config: BuildConfig) -> list[Method]:
     """The chosen one, then the baselines; one without a teacher is always among them."""
-    return unique((config.student.method, *config.student.baselines, Alone()))
+    return unique((config.student.method, *config.student.baselines, Supervised()))
 
 
 def course(config: BuildConfig, task: Task, method: Method, seed: int) -> Course:

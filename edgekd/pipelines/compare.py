@@ -144,7 +144,7 @@ def contenders(config: BuildConfig) -> tuple[Contender, ...]:
     entries = [Contender(label, student.model, m) for label, m in zip(labels(methods), methods, strict=True)]
     entries += [Contender(r.name, r.model or student.model, r.method) for r in c.rivals]
     if not entries:
-        raise ConfigError("compare has no contenders", hint="name methods, such as `- {use: alone}`")
+        raise ConfigError("compare has no contenders", hint="name methods, such as `- {use: supervised}`")
     seen: set[str] = set()
     for entry in entries:
         if entry.label in seen:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgekd.core.bench_result import Contestant, Interval, Measurement, Trial
-from edgekd.metrics.compute import readings
+from edgekd.metrics._compute import readings
 from edgekd.stages.bench import statistics
 from edgekd.stages.bench.entries import linked
 from edgekd.stages.bench.intervals import intervals

@@ -10,7 +10,7 @@ import numpy as np
 
 from edgekd.core.artifact import File
 from edgekd.core.bench_result import Contestant, Interval, Measurement, Trial
-from edgekd.metrics.compute import readings
+from edgekd.metrics._compute import readings
 from edgekd.stages.bench import statistics
 from edgekd.stages.bench.entries import linked, original
 from edgekd.stages.bench.intervals import intervals

@@ -11,7 +11,7 @@ import torch
 from edgekd.core.artifact import Exported, File
 from edgekd.core.bench_result import Trial
 from edgekd.core.dataset import Task
-from edgekd.metrics.compute import readings
+from edgekd.metrics._compute import readings
 from edgekd.onnx import session
 from edgekd.training.macs import macs
 from edgekd.training.trained_model import Trained

@@ -15,7 +15,7 @@ from edgekd.core.bench_result import BenchResult, Contestant, Interval, Trial
 from edgekd.core.mixed_precision import Layer, Marks
 from edgekd.core.quant_scheme import Dialect
 from edgekd.core.target import Target
-from edgekd.metrics.compute import readings
+from edgekd.metrics._compute import readings
 from edgekd.onnx import inspect, session
 from edgekd.stages.bench.benchmark import benchmark
 from edgekd.stages.bench.config import BenchConfig

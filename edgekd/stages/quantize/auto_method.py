@@ -12,7 +12,7 @@ from edgekd.core.artifact import Exported, File
 from edgekd.core.bench_result import Trial
 from edgekd.core.dataset import Task
 from edgekd.core.quant_scheme import Dialect
-from edgekd.metrics.compute import readings
+from edgekd.metrics._compute import readings
 from edgekd.onnx import session
 from edgekd.onnx.inputs import load_calibration
 from edgekd.stages.quantize.quantize import convert, in_pairs
