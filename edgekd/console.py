@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from edgekd.core.errors import EdgekdError, os_failure
+from edgekd.core.stopping import stoppable
 from edgekd.core.text import visible
 
 # what several commands ask for
@@ -26,6 +27,7 @@ Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout."
 SOON_S = 0.05
 STOPPED = (130, 143)  # exit codes after Ctrl-C and SIGTERM
 AGAIN = "the same command again goes on where this one stopped"
+TERMINATED = f"stopped by SIGTERM\n\nhint: {AGAIN}"
 
 
 class Visible(logging.Formatter):
@@ -71,10 +73,11 @@ def missed(lost: sys.UnraisableHookArgs) -> None:
 
 def run(app: typer.Typer) -> int:
     """Its exit code, once what went wrong has been told."""
-    signal.signal(signal.SIGTERM, stop)  # as the first process of a container it would be deaf to it otherwise
     before, sys.unraisablehook = sys.unraisablehook, missed
     try:
-        return told(app)
+        # as the first process of a container it would be deaf to SIGTERM otherwise
+        with stoppable(stop, f"error: {TERMINATED}\n"):
+            return told(app)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         sys.unraisablehook = before
@@ -97,7 +100,7 @@ def told(app: typer.Typer) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return failed(f"interrupted\n\nhint: {AGAIN}", 130)
     except Stopped:
-        return failed(f"stopped by SIGTERM\n\nhint: {AGAIN}", 143)
+        return failed(TERMINATED, 143)
 
 
 def failed(text: str, code: int) -> int:

@@ -24,6 +24,7 @@ from edgekd.core.errors import EdgekdError, TrainingError
 from edgekd.core.ledger import KEEP
 from edgekd.core.method import Method
 from edgekd.core.model import Model
+from edgekd.core.stopping import stoppable
 from edgekd.core.target import Pricing
 from edgekd.core.task import Task
 from edgekd.stages.training.distill import Trained, distill
@@ -111,15 +112,15 @@ def lost(code: int) -> TrainingError:
 
 def hold(answer: Connection, jobs: int, threads: int, level: int, asked: tuple[Any, ...]) -> None:
     """The life of a lesson's process."""
-    signal.signal(signal.SIGTERM, leave)
     threading.Thread(target=end_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
     logging.getLogger("edgekd").setLevel(level)
     torch.set_num_threads(threads)
-    try:
-        answer.send(taught(jobs, threads, *asked))
-    except (EdgekdError, OSError) as error:
-        answer.send(error)
+    with stoppable(leave):
+        try:
+            answer.send(taught(jobs, threads, *asked))
+        except (EdgekdError, OSError) as error:
+            answer.send(error)
 
 
 def leave(number: int, frame: object) -> NoReturn:
