@@ -32,16 +32,11 @@ class Feed:
     def shuffled(
         self, batch: int, seed: int, samples: Sequence[int] | None = None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """One epoch of (x, y, index) in batches of like, even size: none is too small for BatchNorm.
-
-        Even, because torch 2.13 writes beyond its buffers in the backward pass of strided 1x1 convolutions with fewer
-        than 16 channels, channels-last, odd batch. If the split is odd, another image sits out each epoch.
-        """
+        """One epoch of (x, y, index): every image once, in batches of like size; none is too small for BatchNorm."""
         random = np.random.default_rng(seed)
         order = random.permutation(len(self) if samples is None else np.asarray(samples))
-        pairs = order[: len(order) // 2 * 2].reshape(-1, 2)
-        for index in np.array_split(pairs, self.steps(batch, samples)):
-            yield self.gather(index.ravel(), random)
+        for index in np.array_split(order, self.steps(batch, samples)):
+            yield self.gather(index, random)
 
     def ordered(self, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """All images once, in order and as they are."""

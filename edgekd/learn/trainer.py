@@ -20,6 +20,7 @@ from edgekd.core.errors import ConfigError, TrainingError
 from edgekd.core.method import Batch, Lesson, Losses, Outcome, Phase
 from edgekd.core.progress import Advance
 from edgekd.core.settings import Settings
+from edgekd.learn.convolutions import sound
 from edgekd.learn.feed import Feed
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -109,19 +110,22 @@ class Trainer:
         steps = self.train.steps(self.config.batch, phase.samples)
         sums: defaultdict[str, float] = defaultdict(float)
         start, end = phase.span
+        convolutions = sound(phase.trains)
         for step, (x, y, index) in enumerate(self.train.shuffled(self.config.batch, seed, phase.samples)):
             progress = (epoch + step / steps) / phase.epochs
             for group in optimiser.param_groups:
                 group["lr"] = self.config.rate(start + (end - start) * progress)
             batch, drawn = Batch(x, y, index, progress), torch.get_rng_state()
-            losses = self.losses(phase, batch)
+            with convolutions:
+                losses = self.losses(phase, batch)
             total = torch.stack([value.float() for value in losses.values()]).sum()
             when = f"phase `{phase.name}`, epoch {epoch + 1}, step {step + 1}"
             if not math.isfinite(total.item()):
                 wrong = [name for name, value in losses.items() if not math.isfinite(value.item())]
                 raise diverged(wrong, losses, when, gradient=False)
             optimiser.zero_grad(set_to_none=True)
-            total.backward()  # type: ignore[no-untyped-call]
+            with convolutions:
+                total.backward()  # type: ignore[no-untyped-call]
             if not finite(p.grad for p in parameters(optimiser)):
                 torch.set_rng_state(drawn)
                 raise diverged(self.steep(phase, batch, optimiser), losses, when, gradient=True)
@@ -136,12 +140,13 @@ class Trainer:
         They are computed again: to keep what they were differentiated by would cost every step memory and time.
         """
         trained = [p for p in parameters(optimiser) if p.requires_grad]
-        losses = {name: value for name, value in self.losses(phase, batch).items() if value.requires_grad}
-        return [
-            name
-            for name, value in losses.items()
-            if not finite(torch.autograd.grad(value, trained, retain_graph=True, allow_unused=True))
-        ]
+        with sound(phase.trains):
+            losses = {name: value for name, value in self.losses(phase, batch).items() if value.requires_grad}
+            return [
+                name
+                for name, value in losses.items()
+                if not finite(torch.autograd.grad(value, trained, retain_graph=True, allow_unused=True))
+            ]
 
     def losses(self, phase: Phase, batch: Batch) -> Losses:
         with self.autocast():
