@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edgekd.core.trial import Interval, Machine, Runtime
 
@@ -58,6 +58,7 @@ class Frontier:
     aa: Interval | None = None  # ratio of the INT8 file to its own duplicate: should hold 1
     warnings: tuple[str, ...] = ()
     started: str = ""  # of the comparison of the mixes, UTC, ISO 8601
+    session_config: dict[str, str] = field(default_factory=dict)  # entries of the onnxruntime sessions that answered
 
     @property
     def mix(self) -> Mix:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgekd.core import onnx_guard
 from edgekd.core.artifact import File, OnnxModel, Precision, TensorSpec
 from edgekd.core.errors import ModelError
+from edgekd.core.exactness import exact_entries, unshare
 from edgekd.core.foreign import foreign
 
 if TYPE_CHECKING:
@@ -240,8 +241,12 @@ class Opened:
         return found
 
 
-def session(path: Path, optimised: bool = True, threads: int = 0) -> Opened:
-    """An onnxruntime session on the CPU; `threads` 0 stands for one per core. Raises ModelError if it does not load."""
+def session(path: Path, optimised: bool = True, threads: int = 0, exact: bool = True) -> Opened:
+    """An onnxruntime session on the CPU; `threads` 0 stands for one per core. Raises ModelError if it does not load.
+
+    Integers are added up without saturation, as on the processor that the file is for. Where it is for this very
+    processor, `exact` is False, and they are added up as this one does.
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -249,14 +254,29 @@ def session(path: Path, optimised: bool = True, threads: int = 0) -> Opened:
     options.intra_op_num_threads = threads
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimised else level.ORT_DISABLE_ALL
+    entries = exact_entries() if exact else {}
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    source = loadable(path) if entries and optimised else str(path)
     try:
-        return Opened(ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]), path)
+        return Opened(ort.InferenceSession(source, options, providers=["CPUExecutionProvider"]), path)
     except ort_errors() as error:
         cause = " ".join(str(error).split())
         raise ModelError(
             f"onnxruntime {ort.__version__} does not load `{path}`: {cause}",
             hint="lower the opset, or update onnxruntime",
         ) from error
+
+
+def loadable(path: Path) -> str | bytes:
+    """What onnxruntime takes for the file with the entries of `exactness`: its path, or its bytes where they fail."""
+    from onnx.external_data_helper import load_external_data_for_model
+
+    model = onnx_guard.parsed(path)
+    if not unshare(model):
+        return str(path)
+    load_external_data_for_model(model, str(path.parent))
+    return bytes(model.SerializeToString())
 
 
 def ort_errors() -> tuple[type[Exception], ...]:
@@ -267,7 +287,7 @@ def ort_errors() -> tuple[type[Exception], ...]:
     return (*own, RuntimeError, ValueError, MemoryError)
 
 
-def answers(path: Path, inputs: np.ndarray, optimised: bool = True, threads: int = 0) -> np.ndarray:
+def answers(path: Path, inputs: np.ndarray, optimised: bool = True, threads: int = 0, exact: bool = True) -> np.ndarray:
     """The first output for `inputs`, (N, ...), from onnxruntime in this process; for parity, never for timing.
 
     A static batch is fed in pieces of its size. Raises ModelError if N is no multiple of it, the inputs do not fit, or
@@ -275,7 +295,7 @@ def answers(path: Path, inputs: np.ndarray, optimised: bool = True, threads: int
     """
     import numpy as np
 
-    running = session(path, optimised, threads)
+    running = session(path, optimised, threads, exact)
     value = running.get_inputs()[0]
     batch = value.shape[0] if isinstance(value.shape[0], int) else 0
     if not len(inputs) or (batch and len(inputs) % batch):

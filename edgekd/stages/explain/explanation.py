@@ -75,6 +75,7 @@ class Explanation:
     notes: tuple[str, ...]  # what was not looked at, and doubts about the measurement
     causes: tuple[Cause, ...]  # worst first
     verdicts: tuple[str, ...]  # one line each; if nothing is wrong, one that says so
+    session_config: dict[str, str]  # entries of the onnxruntime sessions that agreement is from
 
 
 def as_json(told: Explanation) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 from edgekd.core import onnx_facts, processor
 from edgekd.core.artifact import TensorSpec
 from edgekd.core.errors import ConfigError, ModelError, TargetUnavailable
+from edgekd.core.exactness import exact_entries
 from edgekd.core.plugins import unknown
 from edgekd.core.trial import Interval
 from edgekd.stages.bench import statistics
@@ -71,6 +72,7 @@ def explain(
     # an array out of an .npz may lie askew: numpy would then copy all of it at every call, and empty the caches
     fed = None if images is None else np.require(load_calibration(images, spec), requirements="A")
     exact = [] if reference is None or fed is None else losses(view, path, reference, fed)
+    elsewhere = target == "jetson"  # the others are this very processor, with its faults
     start = Explanation(
         model=str(path),
         form=kind,
@@ -82,11 +84,12 @@ def explain(
         layers=tuple(LayerTime(layer, None, None, "") for layer in layers(view)),
         places=(),
         losses=tuple(exact),
-        agreement=None if fed is None or reference is None else agreement(path, reference, fed, spec),
+        agreement=None if fed is None or reference is None else agreement(path, reference, fed, spec, elsewhere),
         latency="",
         notes=unseen(view, reference, images, target),
         causes=(),
         verdicts=(),
+        session_config=exact_entries() if elsewhere else {},
     )
     if target == "jetson":
         return concluded(on_jetson(start, path, version or JETPACK))
@@ -106,10 +109,13 @@ def loaded(path: Path) -> Any:
         raise ConfigError(error.what, hint="give the INT8 file, and its FP32 file with --reference") from error
 
 
-def agreement(path: Path, reference: Path, inputs: np.ndarray, spec: TensorSpec) -> float | None:
-    """Percent of the inputs on which both have the same top class; None if the network is no classifier."""
+def agreement(path: Path, reference: Path, inputs: np.ndarray, spec: TensorSpec, exact: bool) -> float | None:
+    """Percent of the inputs on which both have the same top class; None if the network is no classifier.
+
+    In exact sums, or in those of this processor.
+    """
     count = len(inputs) // max(spec.shape[0], 1) * max(spec.shape[0], 1)
-    ours, theirs = (onnx_facts.answers(p, inputs[:count], threads=1) for p in (path, reference))
+    ours, theirs = (onnx_facts.answers(p, inputs[:count], threads=1, exact=exact) for p in (path, reference))
     if ours.ndim != 2 or ours.shape != theirs.shape:
         return None
     return float(100 * (ours.argmax(1) == theirs.argmax(1)).mean())
@@ -139,7 +145,7 @@ def whole_calls(
 ) -> tuple[str, float | None, tuple[str, ...]]:
     """INT8 against FP32 by the runner: the verdict, the median of an INT8 call in µs, and doubts."""
     models = (path,) if reference is None else (reference, path)
-    session = onnx_facts.session(models[0], threads=threads)
+    session = onnx_facts.session(models[0], threads=threads, exact=False)
     value, batch = session.get_inputs()[0], max(onnx_facts.facts(models[0]).input.shape[0], 1)
     started = time.perf_counter()
     session.run(None, {value.name: inputs[:batch]})

@@ -12,6 +12,7 @@ import numpy as np
 
 from edgekd.core.artifact import File
 from edgekd.core.errors import ModelError
+from edgekd.core.exactness import exact_entries
 from edgekd.core.mix import Frontier, Layer, Marks, Mix
 from edgekd.core.onnx_facts import Exported
 from edgekd.core.target import Target
@@ -149,6 +150,7 @@ def frontier(
         mixes=tuple(mixes),
         chosen=cheapest(mixes, max_drop, None),
         unpriced=unpriced,
+        session_config=exact_entries(),
     )
     if not unpriced:
         result, prices, fp32 = timed(out / "mixes", subject, [mix.floats for mix in mixes], name, target, MIXES)

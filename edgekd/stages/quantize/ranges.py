@@ -13,6 +13,7 @@ import numpy as np
 from edgekd.core import onnx_facts, progress
 from edgekd.core.artifact import STORY, File
 from edgekd.core.errors import ConfigError, DataError, ModelError
+from edgekd.core.exactness import exact_entries
 from edgekd.core.foreign import foreign
 from edgekd.core.onnx_facts import Exported, OnnxFacts
 from edgekd.core.settings import Settings
@@ -80,6 +81,7 @@ class Ranges:
     limits: dict[str, float] = field(default_factory=dict)
     method: str = field(default="", metadata=STORY)
     tried: dict[str, float] = field(default_factory=dict, metadata=STORY)  # grade of each method, where one was chosen
+    session_config: dict[str, str] = field(default_factory=dict, metadata=STORY)  # of the onnxruntime that graded them
 
     def serving(self, symmetric: bool) -> dict[str, Bounds]:
         """The bounds of every tensor for INT8 with a zero point, or symmetric."""
@@ -250,7 +252,8 @@ def best(found: Mapping[str, Ranges], grade: Callable[[Ranges], float]) -> Range
     if len(found) == 1:
         return next(iter(found.values()))
     grades = {method: grade(ranges) for method, ranges in found.items()}
-    return replace(found[max(grades, key=lambda method: grades[method])], tried=grades)
+    chosen = found[max(grades, key=lambda method: grades[method])]
+    return replace(chosen, tried=grades, session_config=exact_entries())
 
 
 def completed(bounds: Mapping[str, Bounds], graph: onnx.GraphProto) -> dict[str, Bounds]:

@@ -86,7 +86,8 @@ def basis(found: Frontier) -> str:
         runtime = f"{found.runtime.name} {found.runtime.version}, threads: {found.runtime.threads}"
         there = f"Latency by turns, all in INT8 = 1: {found.machine.processor}, {runtime}, {words.when(found.started)}"
     control = f"; A/A control {words.near_one(found.aa)}" if found.aa else ""
-    return f"Accuracy: {images}{single}, answered by ONNX Runtime. {there}{control}. Intervals hold 95 %."
+    entries = "".join(f" with {key}={value}" for key, value in found.session_config.items())
+    return f"Accuracy: {images}{single}, answered by ONNX Runtime{entries}. {there}{control}. Intervals hold 95 %."
 
 
 def text(found: Frontier) -> str:

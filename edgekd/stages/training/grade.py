@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from edgekd.core import onnx_facts
 from edgekd.core.artifact import File
+from edgekd.core.exactness import exact_entries
 from edgekd.core.onnx_facts import Exported
 from edgekd.core.task import Task
 from edgekd.core.trial import Trial
@@ -25,6 +26,7 @@ BATCH = 256
 class Graded:
     readings: dict[str, float]  # metric name -> value; empty if the network answers for other classes
     macs: int  # of one image
+    session_config: dict[str, str] = field(default_factory=dict)  # entries of the onnxruntime session that answered
 
 
 @torch.no_grad()
@@ -51,4 +53,4 @@ def grade_file(
     images, nothing = np.load(inputs.path, mmap_mode="r"), np.empty(0, np.int64)
     answers, exact = (onnx_facts.answers(m.dynamic.file.path, images) for m in (made, original))
     trial = Trial(ns=nothing, block=nothing, logits=answers, reference=exact, labels=np.load(task.test.labels.path))
-    return Graded(readings(trial, metrics), original.single.macs)
+    return Graded(readings(trial, metrics), original.single.macs, exact_entries())
