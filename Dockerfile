@@ -1,4 +1,4 @@
-# edgekd for CI, CPU only, and its runner for boards; docs: deploy/image/README.md
+# edgekd for CI, CPU only, and its runner for boards; docs: docs/howto/docker.md
 #   docker build -t edgekd .
 #   docker run --rm -v "$PWD:/job" -u "$(id -u)" edgekd build edgekd.yaml --out runs/build
 #   docker build -t edgekd-runner --target runner --build-arg BOARD=<an L4T image of the board's JetPack> .
@@ -45,7 +45,7 @@ COPY benchmarks benchmarks
 COPY calib_data calib_data
 COPY docs docs
 COPY deploy deploy
-COPY CHANGELOG.md DECISIONS.md SECURITY.md Makefile Dockerfile ./
+COPY CHANGELOG.md CONTRIBUTING.md DECISIONS.md SECURITY.md Makefile Dockerfile mkdocs.yml ./
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python -m pip --python /opt/edgekd/bin/python install $PIP_FLAGS -c constraints.txt -e '.[test]'
 RUN /opt/edgekd/bin/ruff check edgekd tests deploy benchmarks && /opt/edgekd/bin/mypy && /opt/edgekd/bin/lint-imports \
@@ -54,12 +54,12 @@ RUN /opt/edgekd/bin/ruff check edgekd tests deploy benchmarks && /opt/edgekd/bin
 FROM ${BOARD} AS runner
 RUN python3 -c 'import numpy' 2>/dev/null \
  || { apt-get update && apt-get install -y --no-install-recommends python3 python3-numpy && rm -rf /var/lib/apt/lists/*; }
-COPY deploy/runner/*.py /opt/edgekd/
+COPY deploy/runner/edgekd_runner /opt/edgekd/edgekd_runner
 ENV HOME=/tmp PYTHONDONTWRITEBYTECODE=1
 RUN install -d -m 1777 /job
 WORKDIR /job
 USER 1000
-ENTRYPOINT ["python3", "/opt/edgekd/edgekd_runner.py"]
+ENTRYPOINT ["python3", "/opt/edgekd/edgekd_runner"]
 
 FROM ${PYTHON}
 ARG VERSION=""

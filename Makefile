@@ -5,7 +5,7 @@ PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test image-test torture audit figures clean
+.PHONY: demo test docs image-test torture audit figures clean
 
 demo: $(VENV)/installed
 	$(BIN)/edgekd build --target cpu
@@ -30,6 +30,11 @@ audit: $(VENV)/tested
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) pip-audit
 	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
+# the documentation site, in site/; fails on a broken link or a stale reference page
+docs: $(VENV)/documented
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/zensical build --clean --strict
+
 figures: $(VENV)/installed
 	$(BIN)/python benchmarks/figures.py
 
@@ -44,4 +49,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/tested: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV)/documented: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[docs]'
 	touch $@

@@ -25,19 +25,20 @@ import numpy as np
 
 from edgekd.core import serialization
 from edgekd.core.artifact import File, Precision
-from edgekd.core.bench_result import Contestant
+from edgekd.core.bench_result import BenchmarkEntry
 from edgekd.onnx import inspect
 from edgekd.onnx.inputs import load_calibration
-from edgekd.stages.bench.benchmark import benchmark
+from edgekd.stages.bench.benchmark import BenchmarkRequest, benchmark
 from edgekd.stages.bench.compare_files import table
 from edgekd.stages.bench.config import BenchConfig
-from edgekd.stages.mixed_precision.search import frontier
-from edgekd.stages.mixed_precision.sensitivity import Exam, Subject
-from edgekd.stages.quantize.float_layers import layers
-from edgekd.stages.quantize.preparation import dialect_for
-from edgekd.stages.quantize.ranges import QuantizeConfig, calibrate, prepared
+from edgekd.stages.mixed_precision.search import SearchGoal, search_pareto_front
+from edgekd.stages.mixed_precision.sensitivity import EvalSet, QuantizableModel
+from edgekd.stages.quantize.float_layers import quantizable_layers
+from edgekd.stages.quantize.quantize import Int8Options
+from edgekd.stages.quantize.ranges import QuantizeConfig, calibrate, load_prepared
 from edgekd.stages.report.mixed_precision import text
 from edgekd.targets.openvino import OpenVino
+from edgekd.tasks.classification import Classification
 
 METRICS = ("top1", "agreement", "p50_ms")
 WEIGHTED = ("Convolution", "GroupConvolution", "MatMul")
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--max-drop", type=float, default=0.5)
     parser.add_argument("--per-tensor", action="store_true", help="edgekd: one scale for each weight; harder")
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy_control"))
-    parser.add_argument("--blocks", type=int, default=90)
+    parser.add_argument("--rounds", type=int, default=90)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     spec = inspect.facts(asked.model).input
@@ -61,15 +62,16 @@ def main() -> None:
     kept: dict[str, Any] = {"load": os.getloadavg(), "max_drop": asked.max_drop}
     for name, make in (("edgekd", by_edgekd), ("nncf", by_nncf)):
         start = time.perf_counter()
-        files, floats, total = make(asked, known, valid, truth)
+        files, keep_float, total = make(asked, known, valid, truth)
         forms |= files
-        kept[name] = {"seconds": time.perf_counter() - start, "float": floats, "layers": total}
-        print(f"{name}: {kept[name]['seconds']:.0f} s, {len(floats)} of {total} layers in float: {', '.join(floats)}")
-    config, test = BenchConfig(blocks=asked.blocks, metrics=METRICS), (File.of(asked.inputs), File.of(asked.labels))
+        kept[name] = {"seconds": time.perf_counter() - start, "float": keep_float, "layers": total}
+        count, names = f"{len(keep_float)} of {total}", ", ".join(keep_float)
+        print(f"{name}: {kept[name]['seconds']:.0f} s, {count} layers in float: {names}")
+    config, test = BenchConfig(rounds=asked.rounds, metrics=METRICS), (File.of(asked.inputs), File.of(asked.labels))
     who = tuple(contestant(name, path, asked.model) for name, path in forms.items())
-    result = benchmark(asked.out / "openvino", who, "openvino", OpenVino(), *test, "fp32", config)
+    result = benchmark(asked.out / "openvino", BenchmarkRequest(who, "openvino", OpenVino(), *test, "fp32", config))
     print(f"\n{table(result)}", flush=True)
-    kept["openvino"] = serialization.dump(result)
+    kept["openvino"] = serialization.to_json(result)
     (asked.out / "accuracy_control.json").write_text(json.dumps(kept, indent=2))
 
 
@@ -79,17 +81,17 @@ def by_edgekd(
     """Plain INT8 and the mix for OpenVINO, and the layers that the mix has in float."""
     config = QuantizeConfig(per_channel=False if asked.per_tensor else None)
     target, model = OpenVino(), asked.model
-    dialect = dialect_for(target.dialect, config)
-    made = inspect.described(model, model.stem)
-    subject = Subject(model, model, known, dialect, calibrate(model, known, config), made.macs)
-    exam = Exam.of(model, valid, truth)
-    found = frontier(asked.out / "edgekd", subject, exam, model.name, "openvino", target, asked.max_drop, whole=False)
+    made = inspect.describe(model, model.stem)
+    options = Int8Options.of(target.scheme, config)
+    subject = QuantizableModel(model.name, model, model, known, calibrate(model, known, config), options, made.macs)
+    exam = EvalSet.of(model, valid, truth, Classification())
+    found = search_pareto_front(asked.out / "edgekd", subject, exam, SearchGoal("openvino", target, asked.max_drop))
     print(text(found))
-    files = {"edgekd plain int8": (), "edgekd mix int8": found.mix.floats}
+    files = {"edgekd plain int8": (), "edgekd mix int8": found.selection.keep_float}
     paths = {name: asked.out / f"{name.replace(' ', '-')}.onnx" for name in files}
-    for name, floats in files.items():
-        subject.write(model, paths[name], floats)
-    return paths, found.mix.floats, len(layers(prepared(model).graph))
+    for name, keep_float in files.items():
+        subject.write(model, paths[name], keep_float)
+    return paths, found.selection.keep_float, len(quantizable_layers(load_prepared(model).graph))
 
 
 def by_nncf(
@@ -131,10 +133,10 @@ def float_weight(op: Any) -> bool:
     return bool(source.get_type_name() == "Constant")
 
 
-def contestant(name: str, path: Path, model: Path) -> Contestant:
+def contestant(name: str, path: Path, model: Path) -> BenchmarkEntry:
     found = inspect.facts(model)
     precision: Precision = "fp32" if path == model else "int8"
-    return Contestant(name, "student", "", precision, File.of(path), found.macs or 0, found.parameters)
+    return BenchmarkEntry(name, "student", "", precision, File.of(path), found.macs or 0, found.parameters)
 
 
 if __name__ == "__main__":

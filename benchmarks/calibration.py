@@ -32,10 +32,12 @@ from pathlib import Path
 import numpy as np, torch
 from edgekd.models.mobilenet_v2 import MobileNetV2Model
 from edgekd.stages.export.export import ExportConfig, export
+from edgekd.tasks.classification import Classification
 torch.manual_seed(0)
 out, size, *counts = Path(sys.argv[1]), *map(int, sys.argv[2:])
 images = np.random.default_rng(0).standard_normal((max(counts), 3, size, size), np.float32)
-export(out, "network", MobileNetV2Model().build(10, 3), images[:8], (10,), ExportConfig())
+outputs = Classification().outputs(10, (3, size, size))
+export(out, "network", MobileNetV2Model().build(10, 3), images[:8], outputs, ExportConfig())
 for count in counts:
     np.savez(out / f"images-{count}.npz", image=images[:count])
 """

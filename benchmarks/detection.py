@@ -30,7 +30,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.core.bench_result import BenchResult
 from edgekd.onnx.inspect import facts
-from edgekd.stages.bench.compare_files import compare_files, table
+from edgekd.stages.bench.compare_files import FileComparison, compare_files, table
 from edgekd.stages.bench.config import BenchConfig
 
 SLOWDOWN = 0.03
@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("--target", default="cpu")
     parser.add_argument("--neighbour", type=int, help="a core that another process keeps busy")
     parser.add_argument("--length", type=int, help="of the operator, where it is known from an earlier calibration")
-    parser.add_argument("--sessions", type=int, default=BenchConfig().sessions)
+    parser.add_argument("--processes", type=int, default=BenchConfig().processes)
     parser.add_argument("--out", type=Path, default=Path("runs/detection"))
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -55,15 +55,15 @@ def main() -> int:
     shutil.copyfile(asked.model, files[1])
     length = asked.length or calibrated(files[0], files[2], asked.target)
     slower(files[0], files[2], length)
-    config = BenchConfig(metrics=("p50_ms",), sessions=asked.sessions)
+    config = BenchConfig(metrics=("p50_ms",), processes=asked.processes)
     told: dict[str, list[str]] = {"copy.onnx": [], "slower.onnx": []}
     with neighbour(asked.neighbour):
         for number in range(asked.runs):
             started = time.monotonic()
             result = once(files, asked.target, config)
             for m in result.measurements[1:]:
-                if m.contestant.name in told:
-                    told[m.contestant.name].append(m.verdict)
+                if m.model.name in told:
+                    told[m.model.name].append(m.verdict)
             print(f"--- run {number + 1}, {time.monotonic() - started:.0f} s\n{table(result)}", flush=True)
     kept = {"length": length, "neighbour": asked.neighbour, "load": os.getloadavg(), "verdicts": told}
     (asked.out / "detection.json").write_text(json.dumps(kept, indent=2))
@@ -72,7 +72,7 @@ def main() -> int:
 
 def once(files: tuple[Path, ...], target: str, config: BenchConfig) -> BenchResult:
     with tempfile.TemporaryDirectory() as out:
-        return compare_files(Path(out), files, target, 1, None, None, config)
+        return compare_files(Path(out), FileComparison(files, target, config))
 
 
 def judged(told: dict[str, list[str]], disturbed: bool) -> int:
@@ -91,13 +91,13 @@ def kind(verdict: str) -> str:
 
 def calibrated(path: Path, place: Path, target: str) -> int:
     """The length of the operator with which `place` takes 3 % longer than `path`."""
-    long, length, seen = BenchConfig(sessions=20, blocks=300, warmup_s=0.3, metrics=("p50_ms",)), 2000, 0.0
+    long, length, seen = BenchConfig(processes=20, rounds=300, warmup_s=0.3, metrics=("p50_ms",)), 2000, 0.0
     for _ in range(6):
         slower(path, place, length)
         result = once((path, place), target, long)
-        speedup = next(m.speedup for m in result.measurements if m.contestant.name == place.name)
+        speedup = next(m.speedup for m in result.measurements if m.model.name == place.name)
         assert speedup is not None
-        seen = 1 / speedup.mid - 1
+        seen = 1 / speedup.estimate - 1
         print(
             f"an operator on {length} numbers: {seen:+.2%} ({1 / speedup.high - 1:+.2%} to {1 / speedup.low - 1:+.2%})"
         )

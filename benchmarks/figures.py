@@ -1,4 +1,4 @@
-"""The figures of docs/results.md that need no data: start-up, training speed, and what the digits build reaches.
+"""The figures of docs/results/digits.md that need no data: start-up, training speed, and what the digits build reaches.
 
 make figures        (about five minutes on two cores; writes runs/figures/figures.md)
 """
@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from edgekd.core.artifact import File
-from edgekd.core.dataset import Arrays, Augment, Split, Task
+from edgekd.core.augment import Augment
+from edgekd.core.dataset import PreparedDataset, Split, SplitArrays
 from edgekd.core.method import Phase
 from edgekd.models.resnet import ResNet
-from edgekd.training.dataloader import Feed
-from edgekd.training.losses import supervised
+from edgekd.tasks.classification import Classification
+from edgekd.training.dataloader import ArrayLoader
 from edgekd.training.trainer import TrainConfig, Trainer
 from edgekd.utils.cpu import flags
 
@@ -65,27 +66,28 @@ def training() -> list[tuple[str, str]]:
     """Images a second of a ResNet-20 student alone, batch 256, random 32x32 images, with the trainer itself."""
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (IMAGES, 32, 32, 3), np.uint8)
-    arrays = Arrays(images, random.integers(0, 10, IMAGES))
+    arrays = SplitArrays(images, random.integers(0, 10, IMAGES))
     none = Split(File(Path(), ""), File(Path(), ""))
-    task = Task(none, none, none, tuple("0123456789"), (3, 32, 32), (0.5,) * 3, (0.25,) * 3)
+    classes, mean, std = tuple("0123456789"), (0.5,) * 3, (0.25,) * 3
+    dataset = PreparedDataset(none, none, none, classes, (3, 32, 32), mean, std, Classification())
     rows = []
     rates: dict[str, list[float]] = {"bf16": [], "fp32": []}
     for _ in range(RUNS):  # in turn, so that a slow moment of the machine meets both
         for precision, taken in rates.items():
-            taken.append(rate(precision, arrays, task))
+            taken.append(rate(precision, arrays, dataset))
     for precision, taken in rates.items():
         rows.append((f"ResNet-20 alone, batch 256, {precision}", spread(taken, "images/s")))
     ratios = [fast / slow for fast, slow in zip(rates["bf16"], rates["fp32"], strict=True)]
     return [*rows, ("bf16 over fp32, pair by pair", spread(ratios, "times"))]
 
 
-def rate(precision: str, arrays: Arrays, task: Task) -> float:
+def rate(precision: str, arrays: SplitArrays, dataset: PreparedDataset) -> float:
     device = torch.device("cpu")
-    feed = Feed(arrays, task, Augment(crop=4, flip=True), device)
+    feed = ArrayLoader(arrays, dataset, Augment(crop=4, flip=True), device)
     config = TrainConfig(batch=256, precision="bf16" if precision == "bf16" else "fp32")
     trainer = Trainer(feed, feed, config, 0, device)
     network = ResNet(20, 16).build(10, 3).to(memory_format=torch.channels_last)
-    phase = Phase("speed", (network,), lambda b: {"task": supervised(network(b.x), b.y)}, 1)
+    phase = Phase("speed", (network,), lambda b: {"task": dataset.task.loss(network(b.x), b.y)}, 1)
     network.train()
     optimiser = trainer.optimiser(phase)
     started = time.perf_counter()
@@ -103,7 +105,7 @@ def digits() -> list[tuple[str, str]]:
     again = seconds(*words)
     record = json.loads((OUT / "digits" / "report.json").read_text())
     (bench,) = record["benches"]
-    models = {m["contestant"]["name"]: m for m in bench["measurements"]}
+    models = {m["model"]["name"]: m for m in bench["measurements"]}
     teacher, fp32, int8 = models["teacher fp32"], models["kpn fp32"], models["kpn int8"]
     ratio = int8["speedup"]
     return [

@@ -25,9 +25,9 @@ import onnx
 from onnx import TensorProto, helper
 
 from edgekd.core.artifact import File
-from edgekd.metrics._percentile import nearest_rank
+from edgekd.metrics.latency import nearest_rank
 from edgekd.onnx.inspect import facts
-from edgekd.stages.bench.benchmark import noise
+from edgekd.stages.bench.benchmark import save_noise
 from edgekd.stages.bench.config import BenchConfig
 from edgekd.stages.bench.runner import job, nanoseconds, run
 from edgekd.targets.cpu import Cpu
@@ -89,7 +89,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/loadgen"))
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    inputs = noise(asked.out, facts(asked.model).input.shape[1:], seed=0)
+    inputs = save_noise(asked.out, facts(asked.model).input.shape[1:], seed=0)
     nothing = asked.out / "nothing.onnx"
     identity(asked.model, nothing)
     clocks: dict[str, Clock] = {"runner": runner_us, "bare loop": bare_us, "LoadGen": loadgen_us}
@@ -130,10 +130,10 @@ def told(name: str, ours: list[float], theirs: list[float]) -> bool:
 
 
 def runner_us(path: Path, inputs: File) -> float:
-    config = BenchConfig(blocks=30, calls=35, warmup_s=WARMUP_S, metrics=("p50_ms",))
+    config = BenchConfig(rounds=30, calls_per_round=35, warmup_s=WARMUP_S, metrics=("p50_ms",))
     with tempfile.TemporaryDirectory() as out:
-        run("bench", Path(out), job({"it": File.of(path)}, Cpu(), inputs, config), "bench", config.blocks)
-        (ns,) = nanoseconds(File.of(Path(out) / "samples.npz"), 1, config.blocks)
+        run("bench", Path(out), job({"it": File.of(path)}, Cpu(), inputs, config), "bench", config.rounds)
+        (ns,) = nanoseconds(File.of(Path(out) / "samples.npz"), 1, config.rounds)
         return nearest_rank(ns.ravel(), 50) / 1e3
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/quantizers.py student.onnx --calib images.npz --inputs inputs.npy --labels labels.npy
 
-Of a build: `steps/export-NAME-*/NAME.onnx`, `steps/calib-*/images.npz`, `steps/exam-*/inputs.npy` and
+Of a build: `steps/export-NAME-*/NAME.onnx`, `steps/calibration-*/images.npz`, `steps/test-inputs-*/inputs.npy` and
 `steps/data-*/test-labels.npy`. onnxruntime's quantizer runs with its defaults, and as its documentation advises for x86
 (unsigned activations, a scale per channel, preprocessed) with each of its calibration methods; NNCF with its defaults,
 on ONNX and on OpenVINO's IR, and with its preset `mixed`. The runner interleaves all forms, a process for each runtime;
@@ -22,11 +22,11 @@ import numpy as np
 
 from edgekd.core import serialization
 from edgekd.core.artifact import File, Precision
-from edgekd.core.bench_result import Contestant
-from edgekd.core.quant_scheme import DIALECTS
+from edgekd.core.bench_result import BenchmarkEntry
+from edgekd.core.quant_scheme import QUANT_SCHEMES
 from edgekd.onnx.inputs import load_calibration
 from edgekd.onnx.inspect import facts
-from edgekd.stages.bench.benchmark import benchmark
+from edgekd.stages.bench.benchmark import BenchmarkRequest, benchmark
 from edgekd.stages.bench.compare_files import table
 from edgekd.stages.bench.config import BenchConfig
 from edgekd.stages.quantize.quantize import quantize_file
@@ -43,28 +43,30 @@ def main() -> None:
     for name in ("calib", "inputs", "labels"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/quantizers"))
-    parser.add_argument("--blocks", type=int, default=90)
+    parser.add_argument("--rounds", type=int, default=90)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     images = load_calibration(asked.calib, facts(asked.model).input)
     ours, theirs, nncf = (by(asked.model, asked.out, images) for by in (by_edgekd, by_onnxruntime, by_nncf))
     onnx_files = {"fp32": asked.model, **ours, **theirs, **{n: p for n, p in nncf.items() if p.suffix == ".onnx"}}
-    config, kept = BenchConfig(blocks=asked.blocks, metrics=METRICS), {"load": os.getloadavg()}
+    config, kept = BenchConfig(rounds=asked.rounds, metrics=METRICS), {"load": os.getloadavg()}
     for target, forms in ((Cpu(), onnx_files), (OpenVino(), {"fp32": asked.model, **ours, **nncf})):
         who = tuple(contestant(name, path, asked.model) for name, path in forms.items())
         files = File.of(asked.inputs), File.of(asked.labels)
-        result = benchmark(asked.out / target.runtime, who, target.runtime, target, *files, "fp32", config)
+        result = benchmark(
+            asked.out / target.runtime, BenchmarkRequest(who, target.runtime, target, *files, "fp32", config)
+        )
         print(f"\n{table(result)}", flush=True)
-        kept[target.runtime] = serialization.dump(result)
+        kept[target.runtime] = serialization.to_json(result)
     (asked.out / "quantizers.json").write_text(json.dumps(kept, indent=2))
 
 
 def by_edgekd(model: Path, out: Path, images: np.ndarray) -> dict[str, Path]:
-    """In the dialect of x86, which is OpenVINO's, too."""
+    """In the scheme of x86, which is OpenVINO's, too."""
     forms = {}
     for method in ("minmax", "auto"):
         forms[f"edgekd {method}"] = out / f"edgekd-{method}.onnx"
-        quantize_file(model, forms[f"edgekd {method}"], images, DIALECTS["ort-x86"], QuantizeConfig(method))
+        quantize_file(model, forms[f"edgekd {method}"], images, QUANT_SCHEMES["ort-x86"], QuantizeConfig(method))
     return forms
 
 
@@ -117,10 +119,10 @@ def by_nncf(model: Path, out: Path, images: np.ndarray) -> dict[str, Path]:
     return forms
 
 
-def contestant(name: str, path: Path, model: Path) -> Contestant:
+def contestant(name: str, path: Path, model: Path) -> BenchmarkEntry:
     found = facts(model)
     precision: Precision = "fp32" if path == model else "int8"
-    return Contestant(name, "student", "", precision, File.of(path), found.macs or 0, found.parameters)
+    return BenchmarkEntry(name, "student", "", precision, File.of(path), found.macs or 0, found.parameters)
 
 
 if __name__ == "__main__":

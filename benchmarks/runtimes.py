@@ -2,11 +2,11 @@
 
     python benchmarks/runtimes.py student.onnx --calib images.npz --inputs inputs.npy --labels labels.npy
 
-Of a build: `steps/export-NAME-*/NAME.onnx`, `steps/calib-*/images.npz`, `steps/exam-*/inputs.npy` and
+Of a build: `steps/export-NAME-*/NAME.onnx`, `steps/calibration-*/images.npz`, `steps/test-inputs-*/inputs.npy` and
 `steps/data-*/test-labels.npy`. First, latency and accuracy of every form, interleaved by the runner, a process for each
 runtime. Then the runner's median beside those of a bare loop around ONNX Runtime and of OpenVINO's `benchmark_app`, by
 turns: one file, one image, one process, one thread each. `benchmark_app` reads the clock inside of OpenVINO, with
-its input there already: the scope `model` comes nearest to it. Quote ratios of one run only.
+its input there already: the scope `inference_only` comes nearest to it. Quote ratios of one run only.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import numpy as np
 
 from edgekd.core import serialization
 from edgekd.core.artifact import File, Precision
-from edgekd.core.bench_result import Contestant
-from edgekd.core.quant_scheme import DIALECTS
+from edgekd.core.bench_result import BenchmarkEntry
+from edgekd.core.quant_scheme import QUANT_SCHEMES
 from edgekd.core.target import Target
-from edgekd.metrics._percentile import nearest_rank
+from edgekd.metrics.latency import nearest_rank
 from edgekd.onnx.inputs import load_calibration
 from edgekd.onnx.inspect import facts
-from edgekd.stages.bench.benchmark import benchmark
+from edgekd.stages.bench.benchmark import BenchmarkRequest, benchmark
 from edgekd.stages.bench.compare_files import table
 from edgekd.stages.bench.config import BenchConfig, Scenario
 from edgekd.stages.bench.runner import job, nanoseconds, run
@@ -40,7 +40,7 @@ from edgekd.targets.cpu import Cpu
 from edgekd.targets.openvino import OpenVino
 from edgekd.utils.arrays import save_array
 
-METRICS = ("top1", "agreement", "deviation", "min_ms", "p50_ms", "p90_ms")
+METRICS = ("top1", "agreement", "mae_vs_fp32", "min_ms", "p50_ms", "p90_ms")
 WARMUP_S = 1.0
 TOLERANCE = 0.03  # that the runner's median may be away from another clock's
 
@@ -84,25 +84,27 @@ def main() -> None:
     for name in ("calib", "inputs", "labels"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/runtimes"))
-    parser.add_argument("--blocks", type=int, default=90)
+    parser.add_argument("--rounds", type=int, default=90)
     parser.add_argument("--repeats", type=int, default=9, help="turns of the runner and of another clock")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     forms = {"fp32": asked.model, "q/dq int8": asked.out / "qdq.onnx"}
     images = load_calibration(asked.calib, facts(asked.model).input)
-    quantize_file(asked.model, forms["q/dq int8"], images, DIALECTS["openvino"], QuantizeConfig())
-    config = BenchConfig(blocks=asked.blocks, metrics=METRICS)
+    quantize_file(asked.model, forms["q/dq int8"], images, QUANT_SCHEMES["openvino"], QuantizeConfig())
+    config = BenchConfig(rounds=asked.rounds, metrics=METRICS)
     inputs, labels = File.of(asked.inputs), File.of(asked.labels)
     kept: dict[str, Any] = {"load": os.getloadavg()}
     for target in (Cpu(), OpenVino()):
         who = tuple(contestant(name, path, asked.model) for name, path in forms.items())
-        result = benchmark(asked.out / target.runtime, who, target.runtime, target, inputs, labels, "fp32", config)
+        result = benchmark(
+            asked.out / target.runtime, BenchmarkRequest(who, target.runtime, target, inputs, labels, "fp32", config)
+        )
         print(f"\n{table(result)}", flush=True)
-        kept[target.runtime] = serialization.dump(result)
+        kept[target.runtime] = serialization.to_json(result)
     print("\nthe runner's median beside another clock's")
     save_array(asked.out / "one.npy", np.array(np.load(asked.inputs, mmap_mode="r")[:1]))
     one = File.of(asked.out / "one.npy")
-    plain_call, model_only = Scenario(), Scenario(scope="model")
+    plain_call, model_only = Scenario(), Scenario(scope="inference_only")
     for target, clock, called in (
         (Cpu(), bare_ms, plain_call),
         (OpenVino(), app_ms, plain_call),
@@ -116,22 +118,22 @@ def main() -> None:
     (asked.out / "runtimes.json").write_text(json.dumps(kept, indent=2))
 
 
-def contestant(name: str, path: Path, model: Path) -> Contestant:
+def contestant(name: str, path: Path, model: Path) -> BenchmarkEntry:
     found = facts(model)
     precision: Precision = "fp32" if path == model else "int8"
-    return Contestant(name, "student", "", precision, File.of(path), found.macs or 0, found.parameters)
+    return BenchmarkEntry(name, "student", "", precision, File.of(path), found.macs or 0, found.parameters)
 
 
 def turns(
     out: Path, path: Path, target: Target, called: Scenario, clock: Any, inputs: File, repeats: int
 ) -> list[tuple[float, float]]:
     """Medians in ms, (of the runner, of another clock), taken by turns, either first; all calls with one image."""
-    config = BenchConfig(blocks=30, calls=35, warmup_s=WARMUP_S, metrics=("p50_ms",))
-    calls, file, pairs = config.blocks * config.calls, File.of(path), []
+    config = BenchConfig(rounds=30, calls_per_round=35, warmup_s=WARMUP_S, metrics=("p50_ms",))
+    calls, file, pairs = config.rounds * config.calls_per_round, File.of(path), []
 
     def own() -> float:
-        run("bench", out, job({"it": file}, target, inputs, config, scenario=called), "bench", config.blocks)
-        (ns,) = nanoseconds(File.of(out / "samples.npz"), 1, config.blocks)
+        run("bench", out, job({"it": file}, target, inputs, config, scenario=called), "bench", config.rounds)
+        (ns,) = nanoseconds(File.of(out / "samples.npz"), 1, config.rounds)
         return nearest_rank(ns.ravel(), 50) / 1e6
 
     for number in range(repeats):

@@ -2,7 +2,7 @@
 
     python benchmarks/seeds.py cifar10 --set data.root=PATH [--seeds 3] [--out runs/cifar10]
 
-The teacher is trained once: all builds share a ledger. Accuracies are those of the exported files on the test split.
+The teacher is trained once: all builds share a step cache. Accuracies are of the exported files, on the test split.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
         record = json.loads((out / "report.json").read_text())
         (out / f"report-seed{seed}.json").write_text(json.dumps(record))
         for measurement in record["benches"][0]["measurements"]:
-            top1.setdefault(measurement["contestant"]["name"], []).append(measurement["readings"]["top1"])
+            top1.setdefault(measurement["model"]["name"], []).append(measurement["metrics"]["top1"])
     lines = [
         f"{asked.recipe}, {asked.seeds} seeds, {time.strftime('%Y-%m-%d')}",
         "",

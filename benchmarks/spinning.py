@@ -21,7 +21,9 @@ SECONDS = 4.0
 BATCH = 64
 TRAIN = f"""
 import time
-import edgekd
+from edgekd import _environment
+
+_environment.prepare()
 import torch
 from edgekd.models.resnet import PLUGIN as ResNet
 

@@ -23,18 +23,20 @@ from edgekd.core.bench_result import BenchResult
 from edgekd.models.resnet import ResNet
 from edgekd.stages.bench.config import BenchConfig
 from edgekd.stages.bench.runner import runner_path
-from edgekd.stages.device.bundle import Bundle, BundleConfig, Sent, bundle
-from edgekd.stages.device.results import measured, taken
+from edgekd.stages.device.bundle import Bundle, BundleConfig, BundleModel, BundleRequest, write_bundle
+from edgekd.stages.device.results import build_bench_result, load_result
 from edgekd.stages.export.export import ExportConfig, export
-from edgekd.stages.quantize.quantize import quantize_with
-from edgekd.stages.quantize.ranges import QuantizeConfig, ranges_of
+from edgekd.stages.quantize.quantize import Int8Options, write_int8_files
+from edgekd.stages.quantize.ranges import QuantizeConfig, calibrate_step
 from edgekd.targets.cpu import Cpu
-from tests.standins.bundles import found
+from edgekd.tasks.classification import Classification
+from tests import zoo
+from tests.standins.bundles import read_result
 
 pytestmark = pytest.mark.slow
 ARM = Cpu(arch="arm")
 IMAGES = 256
-QUICK = BenchConfig(blocks=3, calls=3, warmup_s=0.0, metrics=("top1", "agreement"))
+QUICK = BenchConfig(rounds=3, calls_per_round=3, warmup_s=0.0, metrics=("top1", "agreement"))
 PROCESSORS = ("cortex-a72", "max")  # without and with 8-bit dot products, for which ONNX Runtime has other kernels
 ENGINES = ["teacher fp32", "net fp32", "net int8"]
 
@@ -79,15 +81,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     np.save(home / "inputs.npy", images[1200:])
     np.save(home / "labels.npy", labels[1200:])
     calibration, inputs, answers = (File.of(home / name) for name in ("calib.npz", "inputs.npy", "labels.npy"))
-    fp32 = export(home, "net", net, images[:16], (10,), ExportConfig())
-    ranges = ranges_of(home, fp32, calibration, QuantizeConfig())
-    int8 = quantize_with(home, fp32, calibration, ARM.dialect, ranges)
+    fp32 = export(home, "net", net, images[:16], zoo.logits(10), ExportConfig())
+    ranges = calibrate_step(home, fp32, calibration, QuantizeConfig())
+    int8 = write_int8_files(home, fp32, calibration, ranges, Int8Options(ARM.scheme))
     networks = (
-        Sent("teacher", "teacher", "supervised", True, fp32.single),
-        Sent("net", "student", "any", True, fp32.single, int8.single, ranges),
+        BundleModel("teacher", "teacher", "supervised", True, fp32.single),
+        BundleModel("net", "student", "any", True, fp32.single, int8.single, ranges),
     )
-    return bundle(out, "digits", "arm", ARM, networks, calibration, inputs, answers, runner=File.of(runner_path()),
-                  config=BundleConfig(images=IMAGES, checked=IMAGES), protocol=QUICK)  # fmt: skip
+    config = BundleConfig(images=IMAGES, verify_images=IMAGES)
+    files = (calibration, inputs, answers)
+    return write_bundle(out, BundleRequest("digits", "arm", ARM, networks, *files, Classification(), config, QUICK))
 
 
 def taught(images: np.ndarray, labels: np.ndarray) -> nn.Module:
@@ -122,22 +125,24 @@ def test_the_doctor_without_a_bundle_says_that_this_is_arm_and_lacks_nothing(pyt
 
 
 def test_every_engine_answers_on_arm_as_on_the_host(there: Path) -> None:
-    assert "aarch64" in found(there, "doctor")["machine"]["system"] and found(there, "doctor")["missing"] == []
-    facts = {fact["name"]: fact for fact in found(there, "verify")["engines"]}
+    assert (
+        "aarch64" in read_result(there, "doctor")["machine"]["system"] and read_result(there, "doctor")["missing"] == []
+    )
+    facts = {fact["name"]: fact for fact in read_result(there, "verify")["engines"]}
     assert list(facts) == ENGINES
-    assert all(fact["passes"] and fact["checked"] == fact["images"] == IMAGES for fact in facts.values()), facts
+    assert all(fact["passes"] and fact["verify_images"] == fact["images"] == IMAGES for fact in facts.values()), facts
     assert facts["net fp32"]["agreement"] == 100 and facts["net fp32"]["max_difference"] < 1e-3, facts
     assert facts["net int8"]["agreement"] >= 99, facts
     assert abs(facts["net int8"]["top1"] - facts["net fp32"]["top1"]) <= 2 and facts["net fp32"]["top1"] > 85, facts
 
 
 def test_what_arm_measured_is_imported_as_a_comparison(there: Path, made: Bundle, tmp_path: Path) -> None:
-    returned = taken(there / "results", made)
-    result: BenchResult = measured(tmp_path, made, returned, QUICK)
+    returned = load_result(there / "results", made)
+    result: BenchResult = build_bench_result(tmp_path, made, returned, QUICK)
     assert "aarch64" in result.machine.system and result.runtime.name == "onnxruntime"
-    rows = {one.contestant.name: one for one in result.measurements}
-    assert list(rows) == ENGINES and not any(one.astray for one in rows.values())
+    rows = {one.model.name: one for one in result.measurements}
+    assert list(rows) == ENGINES and not any(one.mismatch for one in rows.values())
     for index, name in enumerate(ENGINES):
         right = np.load(there / "results" / f"logits-{index}.npy").argmax(1) == np.load(made.folder / "labels.npy")
-        assert rows[name].readings["top1"] == pytest.approx(100 * right.mean())
-    assert rows["net int8"].readings["agreement"] >= 99
+        assert rows[name].metrics["top1"] == pytest.approx(100 * right.mean())
+    assert rows["net int8"].metrics["agreement"] >= 99

@@ -8,21 +8,23 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from edgekd.core.method import Batch, Lesson, Method, Outcome
+from edgekd.core.method import Batch, Method, PhaseResult, TrainingContext
 from edgekd.errors import ConfigError
-from edgekd.methods.attention_transfer import AttentionTransfer, attention
+from edgekd.methods.attention_transfer import AttentionTransfer, attention_map
 from edgekd.methods.dist import DIST, pearson
 from edgekd.methods.dkd import DKD
-from edgekd.methods.fitnet import FitNet, gap
+from edgekd.methods.fitnet import FitNet, hint_loss
 from edgekd.methods.relational import Relational, relations
-from edgekd.methods.relational import gaps as relational_gaps
+from edgekd.methods.relational import relation_losses as relational_gaps
 from edgekd.methods.similarity_preserving import SimilarityPreserving, similarity
 from edgekd.models.mobilenet_v2 import MobileNetV2Model
 from edgekd.models.resnet import ResNet
 from edgekd.models.unet import UNetModel
-from edgekd.training.feature_method import Pair, deepest_pairs, ends, equal_pairs
-from edgekd.training.layer_discovery import layers
-from edgekd.training.losses import soft_kl
+from edgekd.tasks.classification import Classification
+from edgekd.tasks.regression import Regression
+from edgekd.training.feature_method import LayerPair, deepest_pairs, equal_pairs, last_layers
+from edgekd.training.layer_discovery import cut_layers
+from edgekd.training.losses import kd_loss
 from tests import zoo
 
 FEATURES = [FitNet, AttentionTransfer, Relational, SimilarityPreserving]
@@ -38,19 +40,24 @@ def a_batch(y=None, progress=1.0):
     return Batch(x, torch.arange(6) % zoo.CLASSES if y is None else y, torch.arange(6), progress)
 
 
-def a_lesson(student=None, teacher=None, **more):
+def a_context(student=None, teacher=None, **more):
     torch.manual_seed(0)
     student, teacher = student or zoo.Toy(2), teacher or zoo.Toy(4)
-    settings = {"epochs": 10, "classes": zoo.CLASSES, "sample": lambda n: iter([a_batch()])} | more
-    return Lesson(student.eval(), (teacher.eval(),), **settings)
+    settings = {
+        "epochs": 10,
+        "num_classes": zoo.CLASSES,
+        "first_batches": lambda n: iter([a_batch()]),
+        "task": Classification(),
+    } | more
+    return TrainingContext(student.eval(), (teacher.eval(),), **settings)
 
 
-def phases(method, lesson):
-    script, found = method.teach(lesson), []
+def phases(method, ctx):
+    script, found = method.phases(ctx), []
     with pytest.raises(StopIteration):
         found.append(next(script))
         while True:
-            found.append(script.send(Outcome({}, None)))
+            found.append(script.send(PhaseResult({}, None)))
     return found
 
 
@@ -67,57 +74,63 @@ def standard(z):
     return (z - z.mean(1, keepdims=True)) / z.std(1, ddof=1, keepdims=True)
 
 
-@pytest.mark.parametrize("standardise", [False, True])
-def test_decoupled_kl_is_that_of_target_and_of_the_rest(standardise):
+@pytest.mark.parametrize("standardize_logits", [False, True])
+def test_decoupled_kl_is_that_of_target_and_of_the_rest(standardize_logits):
     own, theirs, y = drawn(5, 4, seed=1), 3 * drawn(5, 4, seed=2), np.array([0, 3, 1, 1, 2])
     parts = []
     for z in (theirs, own):
-        p = softmax((standard(z.numpy()) if standardise else z.numpy()) / 4)
+        p = softmax((standard(z.numpy()) if standardize_logits else z.numpy()) / 4)
         p_y = p[np.arange(5), y][:, None]
         rest = np.array([np.delete(row, label) for row, label in zip(p, y, strict=True)])
         parts.append((np.hstack([p_y, 1 - p_y]), rest / rest.sum(1, keepdims=True)))
-    got = DKD(standardise=standardise).decoupled(own, theirs, torch.from_numpy(y))
+    got = DKD(standardize_logits=standardize_logits).decoupled_kl(own, theirs, torch.from_numpy(y))
     want = [16 * kl(parts[0][n], parts[1][n]) for n in range(2)]
     assert [v.item() for v in got] == pytest.approx(want, rel=1e-4)
 
 
 def test_decoupled_kl_damped_by_the_teacher_s_doubt_is_kd():
     own, theirs, y = drawn(1, 4, seed=1), drawn(1, 4, seed=2), torch.tensor([2])
-    target, others = DKD().decoupled(own, theirs, y)
+    target, others = DKD().decoupled_kl(own, theirs, y)
     doubt = 1 - (theirs / 4).softmax(1)[0, 2]
-    assert (target + doubt * others).item() == pytest.approx(soft_kl(own, theirs, 4.0).item(), rel=1e-4)
+    assert (target + doubt * others).item() == pytest.approx(kd_loss(own, theirs, 4.0).item(), rel=1e-4)
 
 
 def test_decoupled_kl_stands_a_teacher_that_is_certain():
     own = torch.tensor([[0.0, 0.0, 90.0]], requires_grad=True)
-    target, others = DKD(temperature=1.0).decoupled(own, torch.tensor([[900.0, 0.0, 0.0]]), torch.tensor([0]))
+    target, others = DKD(temperature=1.0).decoupled_kl(own, torch.tensor([[900.0, 0.0, 0.0]]), torch.tensor([0]))
     (target + others).backward()
     assert target.item() == pytest.approx(90, rel=1e-3)
     assert own.grad.isfinite().all() and own.grad[0, 0] < 0
 
 
 def test_without_a_label_the_target_is_what_the_teacher_finds_most_likely():
-    own, theirs = drawn(5, 4, seed=1), drawn(5, 4, seed=2)
-    guessed = DKD().decoupled(own, theirs, torch.full((5,), -1))
-    assert torch.equal(torch.stack(guessed), torch.stack(DKD().decoupled(own, theirs, theirs.argmax(1))))
+    context = a_context()
+    images = a_batch().images
+    with torch.no_grad():
+        likely = context.teachers[0](images).argmax(1)
+    (phase,) = phases(DKD(warmup_fraction=0), context)
+    guessed, told = (phase.loss(a_batch(labels)) for labels in (torch.full((6,), -1), likely))
+    assert all(torch.equal(guessed[name], told[name]) for name in ("target", "others"))
 
 
 def test_the_decoupled_losses_warm_up():
-    (phase,) = phases(DKD(warmup=0.5), a_lesson())
+    (phase,) = phases(DKD(warmup_fraction=0.5), a_context())
     early, late = phase.loss(a_batch(progress=0.125)), phase.loss(a_batch(progress=0.75))
     assert early["others"].item() == pytest.approx(late["others"].item() / 4)
     assert early["target"].item() == pytest.approx(late["target"].item() / 4)
     assert early["task"].item() == late["task"].item()
 
 
-@pytest.mark.parametrize("standardise", [False, True])
-def test_dist_is_the_lack_of_correlation_of_rows_and_columns(standardise):
+@pytest.mark.parametrize("standardize_logits", [False, True])
+def test_dist_is_the_lack_of_correlation_of_rows_and_columns(standardize_logits):
     torch.manual_seed(1)
-    lesson = a_lesson(*(nn.Sequential(nn.Flatten(), nn.Linear(64, zoo.CLASSES)) for _ in range(2)))
-    (phase,) = phases(DIST(inter=3.0, intra=5.0, temperature=2.0, standardise=standardise), lesson)
+    ctx = a_context(*(nn.Sequential(nn.Flatten(), nn.Linear(64, zoo.CLASSES)) for _ in range(2)))
+    (phase,) = phases(
+        DIST(inter_weight=3.0, intra_weight=5.0, temperature=2.0, standardize_logits=standardize_logits), ctx
+    )
     with torch.no_grad():
-        nets = (net(a_batch().x).double().numpy() for net in (lesson.student, lesson.teachers[0]))
-        own, theirs = (softmax((standard(z) if standardise else z) / 2) for z in nets)
+        nets = (net(a_batch().images).double().numpy() for net in (ctx.student, ctx.teachers[0]))
+        own, theirs = (softmax((standard(z) if standardize_logits else z) / 2) for z in nets)
         losses = phase.loss(a_batch())
     rows = [np.corrcoef(a, b)[0, 1] for a, b in zip(own, theirs, strict=True)]
     columns = [np.corrcoef(a, b)[0, 1] for a, b in zip(own.T, theirs.T, strict=True)]
@@ -141,15 +154,15 @@ def test_correlation_has_true_gradients(over):
 
 def test_attention_is_the_energy_of_each_position_over_their_norm():
     feature = torch.tensor([[[[1.0, 0.0]], [[2.0, -2.0]]]])  # energies 5 and 4
-    assert attention(feature).tolist() == [pytest.approx([5 / 41**0.5, 4 / 41**0.5])]
+    assert attention_map(feature).tolist() == [pytest.approx([5 / 41**0.5, 4 / 41**0.5])]
 
 
-def features_of(lesson, *paths):
+def features_of(ctx, *paths):
     """What a network's children make of the batch, in NumPy: {path: feature}."""
     made = []
     with torch.no_grad():
-        for net in (lesson.teachers[0], lesson.student):
-            x, seen = a_batch().x, {}
+        for net in (ctx.teachers[0], ctx.student):
+            x, seen = a_batch().images, {}
             for name, child in list(net.named_children())[:3]:
                 seen[name] = x = child(x)
             made.append([seen[p].double().numpy() for p in paths])
@@ -157,9 +170,9 @@ def features_of(lesson, *paths):
 
 
 def test_attention_transfer_compares_the_ends_of_each_size():
-    lesson = a_lesson()
-    (phase,) = phases(AttentionTransfer(weight=10.0), lesson)
-    theirs, own = features_of(lesson, "stage1", "stage3")
+    ctx = a_context()
+    (phase,) = phases(AttentionTransfer(attention_weight=10.0), ctx)
+    theirs, own = features_of(ctx, "stage1", "stage3")
     want = 0.0
     for pair in zip(theirs, own, strict=True):
         a, b = ((f**2).sum(1).reshape(6, -1) for f in pair)
@@ -170,10 +183,10 @@ def test_attention_transfer_compares_the_ends_of_each_size():
 
 
 def test_similarities_are_compared_as_rows_of_length_1():
-    lesson = a_lesson()
-    (phase,) = phases(SimilarityPreserving(weight=36.0), lesson)
+    ctx = a_context()
+    (phase,) = phases(SimilarityPreserving(similarity_weight=36.0), ctx)
     grams = []
-    for (f,) in features_of(lesson, "stage3"):
+    for (f,) in features_of(ctx, "stage3"):
         g = f.reshape(6, -1) @ f.reshape(6, -1).T
         grams.append(g / np.linalg.norm(g, axis=1, keepdims=True))
     with torch.no_grad():
@@ -194,10 +207,10 @@ def test_relations_of_a_right_triangle():
 
 
 def test_relational_losses_are_huber_means_over_pairs_and_triples():
-    lesson = a_lesson()
-    (phase,) = phases(Relational(distance=2.0, angle=3.0), lesson)
+    ctx = a_context()
+    (phase,) = phases(Relational(distance_weight=2.0, angle_weight=3.0), ctx)
     found = []
-    for (f,) in features_of(lesson, "stage3"):
+    for (f,) in features_of(ctx, "stage3"):
         f = f.mean((2, 3))
         d = np.array([[np.linalg.norm(a - b) for b in f] for a in f])
         cos = np.zeros((6, 6, 6))
@@ -231,13 +244,13 @@ def test_relations_have_true_gradients():
 
 def test_the_hint_is_half_the_mean_square_of_what_the_regressor_lacks():
     known, regressed = drawn(2, 3, 4, 4).numpy(), drawn(2, 3, 4, 4, seed=1).numpy()
-    got = gap(torch.from_numpy(known), torch.from_numpy(regressed)).item()
+    got = hint_loss(torch.from_numpy(known), torch.from_numpy(regressed)).item()
     assert got == pytest.approx(((known - regressed) ** 2).mean() / 2, rel=1e-5)
 
 
 def test_fitnet_teaches_the_front_to_the_middle_and_then_the_whole_student():
-    lesson = a_lesson()
-    hint, finish = phases(FitNet(layers=(Pair("stage2", "stage2"),)), lesson)
+    ctx = a_context()
+    hint, finish = phases(FitNet(layers=(LayerPair("stage2", "stage2"),)), ctx)
     student, regressor = hint.trains
     assert (hint.epochs, finish.epochs) == (3, 7) and finish.trains == (student,)
     assert regressor(torch.zeros(2, 4, 4, 4)).shape == (2, 8, 4, 4)
@@ -247,28 +260,28 @@ def test_fitnet_teaches_the_front_to_the_middle_and_then_the_whole_student():
     hint.loss(a_batch())["hint"].backward()
     assert [any(p.grad is not None for p in part.parameters()) for part in parts] == [True, True, False, False, True]
     with torch.no_grad():
-        losses, logits = finish.loss(a_batch()), [net(a_batch().x) for net in (student, lesson.teachers[0])]
-    assert losses["logits"].item() == pytest.approx(0.9 * soft_kl(*logits, 4.0).item())
-    assert losses["task"].item() == pytest.approx(0.1 * nn.functional.cross_entropy(logits[0], a_batch().y).item())
+        losses, logits = finish.loss(a_batch()), [net(a_batch().images) for net in (student, ctx.teachers[0])]
+    assert losses["kd"].item() == pytest.approx(0.9 * kd_loss(*logits, 4.0).item())
+    assert losses["task"].item() == pytest.approx(0.1 * nn.functional.cross_entropy(logits[0], a_batch().labels).item())
 
 
 def test_fitnet_finds_the_middle():
     notes = {}
     nets = ResNet(depth=8, width=2).build(zoo.CLASSES, 1), ResNet(depth=8, width=4).build(zoo.CLASSES, 1)
-    phases(FitNet(), a_lesson(*nets, sample=lambda n: iter([wide_batch()]), note=notes.__setitem__))
+    phases(FitNet(), a_context(*nets, first_batches=lambda n: iter([wide_batch()]), log_choice=notes.__setitem__))
     (pair,) = notes["layers"]
     assert pair == {"teacher": "stage2", "student": "stage2"}  # of three
 
 
 def wide_batch():
-    return dataclasses.replace(a_batch(), x=drawn(6, 1, 16, 16))
+    return dataclasses.replace(a_batch(), images=drawn(6, 1, 16, 16))
 
 
 @pytest.mark.parametrize("method", LOGITS + FEATURES)
 def test_unlabelled_samples_teach_without_labels(method):
-    lesson = a_lesson()
+    ctx = a_context()
     unknown = a_batch(torch.full((6,), -1))
-    for phase in phases(method(), lesson):
+    for phase in phases(method(), ctx):
         for module in phase.trains:
             module.requires_grad_(True)
         losses = phase.loss(unknown)
@@ -276,60 +289,60 @@ def test_unlabelled_samples_teach_without_labels(method):
         total = sum(losses.values())
         assert total.isfinite() and total > 0
         total.backward()
-        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in lesson.student.parameters())
-        lesson.student.zero_grad()
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in ctx.student.parameters())
+        ctx.student.zero_grad()
 
 
 @pytest.mark.parametrize("method", LOGITS)
 def test_methods_of_logits_refuse_other_classes_and_maps(method):
     with pytest.raises(ConfigError, match="knows 1 of the 3 classes"):
-        phases(method(), a_lesson(knows=((0, None, None),)))
+        phases(method(), a_context(class_columns=((0, None, None),)))
     with pytest.raises(ConfigError, match="compares class logits"):
-        phases(method(), a_lesson(dense=True))
+        phases(method(), a_context(task=Regression()))
 
 
 @pytest.mark.parametrize("method", FEATURES)
 def test_features_teach_other_classes_but_logits_cannot(method):
-    lesson = a_lesson(knows=((2, None, None),))
-    *_, last = phases(method(logits=0.0), lesson)
-    assert "logits" not in last.loss(a_batch())
-    with pytest.raises(ConfigError, match="logits is 0.5, but the teacher knows 1 of the 3") as caught:
-        phases(method(logits=0.5), lesson)
-    assert "set logits to 0" in caught.value.hint
+    ctx = a_context(class_columns=((2, None, None),))
+    *_, last = phases(method(kd_weight=0.0), ctx)
+    assert "kd" not in last.loss(a_batch())
+    with pytest.raises(ConfigError, match="kd_weight is 0.5, but the teacher knows 1 of the 3") as caught:
+        phases(method(kd_weight=0.5), ctx)
+    assert "set kd_weight to 0" in caught.value.hint
 
 
 def test_logits_of_a_teacher_are_put_into_the_order_of_the_student_s():
-    lesson = a_lesson(knows=((2, 0, 1),))
-    (phase,) = phases(AttentionTransfer(logits=0.5, labels=2.0, standardise=True), lesson)
+    ctx = a_context(class_columns=((2, 0, 1),))
+    (phase,) = phases(AttentionTransfer(kd_weight=0.5, ce_weight=2.0, standardize_logits=True), ctx)
     with torch.no_grad():
-        own, theirs = lesson.student(a_batch().x), lesson.teachers[0](a_batch().x)[:, [2, 0, 1]]
+        own, theirs = ctx.student(a_batch().images), ctx.teachers[0](a_batch().images)[:, [2, 0, 1]]
         losses = phase.loss(a_batch())
-    assert losses["logits"].item() == pytest.approx(0.5 * soft_kl(own, theirs, 4.0, True).item())
-    assert losses["task"].item() == pytest.approx(2 * nn.functional.cross_entropy(own, a_batch().y).item())
+    assert losses["kd"].item() == pytest.approx(0.5 * kd_loss(own, theirs, 4.0, True).item())
+    assert losses["task"].item() == pytest.approx(2 * nn.functional.cross_entropy(own, a_batch().labels).item())
 
 
 @pytest.mark.parametrize("method", FEATURES)
-@pytest.mark.parametrize("logits", [0.0, 0.5])
-def test_features_teach_dense_answers(method, logits):
+@pytest.mark.parametrize("kd_weight", [0.0, 0.5])
+def test_features_teach_dense_answers(method, kd_weight):
     nets = UNetModel(2, 2).build(1, 1), UNetModel(4, 2).build(1, 1)
     maps = Batch(drawn(4, 1, 8, 12), drawn(4, 1, 8, 12, seed=1), torch.arange(4), 0.5)
-    lesson = a_lesson(*nets, classes=1, dense=True, sample=lambda n: iter([maps]))
-    for phase in phases(method(logits=logits), lesson):
+    ctx = a_context(*nets, num_classes=1, task=Regression(), first_batches=lambda n: iter([maps]))
+    for phase in phases(method(kd_weight=kd_weight), ctx):
         losses = phase.loss(maps)
         assert all(v.isfinite() for v in losses.values()) and sum(losses.values()) > 0
-    assert ("logits" in losses) == (logits > 0)
+    assert ("kd" in losses) == (kd_weight > 0)
 
 
 def test_the_end_of_a_size_is_its_last_layer_and_never_the_answer():
     x = drawn(2, 1, 8, 8)
     torch.manual_seed(0)
     toy = zoo.Toy(2).eval()
-    assert [layer.path for layer in ends(toy, x)] == ["stage1", "stage3"]
-    assert not any(layer.signed for layer in ends(toy, x))  # after the activation
-    assert [layer.path for layer in layers(toy, x)] != [layer.path for layer in ends(toy, x)]
+    assert [layer.path for layer in last_layers(toy, x)] == ["stage1", "stage3"]
+    assert not any(layer.signed for layer in last_layers(toy, x))  # after the activation
+    assert [layer.path for layer in cut_layers(toy, x)] != [layer.path for layer in last_layers(toy, x)]
     unet = UNetModel(2, 1).build(1, 1).eval()
     nn.init.ones_(unet.head.weight)
-    assert [(layer.path, layer.size) for layer in ends(unet, x)] == [("up.0.narrow", (4, 4)), ("up.0", (8, 8))]
+    assert [(layer.path, layer.size) for layer in last_layers(unet, x)] == [("up.0.narrow", (4, 4)), ("up.0", (8, 8))]
 
 
 class Branched(nn.Module):
@@ -347,62 +360,64 @@ class Branched(nn.Module):
 
 def test_layers_that_everything_passes_through_come_first():
     torch.manual_seed(0)
-    assert [layer.path for layer in ends(Branched().eval(), drawn(2, 1, 8, 8))] == ["whole", "shrink"]
+    assert [layer.path for layer in last_layers(Branched().eval(), drawn(2, 1, 8, 8))] == ["whole", "shrink"]
 
 
 def test_networks_of_different_families_are_paired_by_size():
     torch.manual_seed(0)
     nets = MobileNetV2Model(width=0.25, halvings=3).build(3, 1), ResNet(depth=8, width=4).build(3, 1)
-    lesson = a_lesson(*nets, sample=lambda n: iter([dataclasses.replace(a_batch(), x=drawn(4, 1, 16, 24))]))
-    found = equal_pairs(lesson, ())
+    ctx = a_context(*nets, first_batches=lambda n: iter([dataclasses.replace(a_batch(), images=drawn(4, 1, 16, 24))]))
+    found = equal_pairs(ctx, ())
     assert found and all(p.teacher.size == p.student.size for p in found)
     sizes = [p.student.size for p in found]
     assert sizes == sorted(set(sizes), reverse=True)
-    (deep,) = deepest_pairs(lesson, ())
+    (deep,) = deepest_pairs(ctx, ())
     assert deep.student.size <= sizes[-1]
 
 
 def test_maps_without_a_common_size_are_told():
-    lesson = a_lesson(nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(4, 3)), None)
+    ctx = a_context(nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(4, 3)), None)
     with pytest.raises(ConfigError, match=r"equal sizes \(teacher: 8x8, 4x4; student: 2x2\)"):
-        equal_pairs(lesson, ())
-    (pair,) = deepest_pairs(lesson, ())
+        equal_pairs(ctx, ())
+    (pair,) = deepest_pairs(ctx, ())
     assert (pair.teacher.size, pair.student.size) == ((4, 4), (2, 2))
-    with pytest.raises(ConfigError, match="no layer that makes"):
-        deepest_pairs(a_lesson(nn.Sequential(nn.Flatten(), nn.Linear(64, 3))), ())
+    with pytest.raises(ConfigError, match="no layer with"):
+        deepest_pairs(a_context(nn.Sequential(nn.Flatten(), nn.Linear(64, 3))), ())
 
 
 def test_named_layers_are_checked_before_training():
     with pytest.raises(ConfigError, match="no layer `stage4`") as caught:
-        next(AttentionTransfer(layers=(Pair("stage4", "stage1"),)).teach(a_lesson()))
+        next(AttentionTransfer(layers=(LayerPair("stage4", "stage1"),)).phases(a_context()))
     assert "did you mean `stage" in caught.value.hint
-    with pytest.raises(ConfigError, match="`stage1` of the teacher makes maps of 8x8, `stage3` of the student of 4x4"):
-        next(FitNet(layers=(Pair("stage1", "stage3"),)).teach(a_lesson()))
+    with pytest.raises(ConfigError, match="`stage1` of the teacher has maps of 8x8, `stage3` of the student of 4x4"):
+        next(FitNet(layers=(LayerPair("stage1", "stage3"),)).phases(a_context()))
     with pytest.raises(ConfigError, match=r"gives no \(N, C, H, W\) map"):
-        next(SimilarityPreserving(layers=(Pair("head", "head"),)).teach(a_lesson()))
-    next(Relational(layers=(Pair("stage1", "stage3"),)).teach(a_lesson()))  # only equal_pairs asks for equal sizes
+        next(SimilarityPreserving(layers=(LayerPair("head", "head"),)).phases(a_context()))
+    next(
+        Relational(layers=(LayerPair("stage1", "stage3"),)).phases(a_context())
+    )  # only equal_pairs asks for equal sizes
 
 
 def test_settings_are_read_from_a_configuration():
-    said = {"use": "attention_transfer", "layers": [{"teacher": "a", "student": "b"}], "logits": 0.5}
-    assert TypeAdapter(Method).validate_python(said) == AttentionTransfer(layers=(Pair("a", "b"),), logits=0.5)
+    said = {"use": "attention_transfer", "layers": [{"teacher": "a", "student": "b"}], "kd_weight": 0.5}
+    assert TypeAdapter(Method).validate_python(said) == AttentionTransfer(layers=(LayerPair("a", "b"),), kd_weight=0.5)
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda: DKD(others=-1.0),
+        lambda: DKD(beta=-1.0),
         lambda: DKD(temperature=0.0),
-        lambda: DKD(warmup=2.0),
-        lambda: DIST(intra=float("nan")),
+        lambda: DKD(warmup_fraction=2.0),
+        lambda: DIST(intra_weight=float("nan")),
         lambda: DIST(temperature=-1.0),
-        lambda: AttentionTransfer(weight=-1.0),
-        lambda: AttentionTransfer(logits=2.0),  # labels would have weight -1
+        lambda: AttentionTransfer(attention_weight=-1.0),
+        lambda: AttentionTransfer(kd_weight=2.0),  # labels would have weight -1
         lambda: AttentionTransfer(temperature=0.0),
-        lambda: SimilarityPreserving(weight=-1.0),
-        lambda: Relational(angle=-1.0),
-        lambda: FitNet(stage1=1.0),
-        lambda: FitNet(hint=-1.0),
+        lambda: SimilarityPreserving(similarity_weight=-1.0),
+        lambda: Relational(angle_weight=-1.0),
+        lambda: FitNet(stage1_fraction=1.0),
+        lambda: FitNet(hint_weight=-1.0),
     ],
 )
 def test_wrong_settings_are_refused(wrong):
@@ -413,4 +428,4 @@ def test_wrong_settings_are_refused(wrong):
 
 def test_fitnet_needs_epochs_for_both_stages():
     with pytest.raises(ConfigError, match="1 epochs leave none"):
-        next(FitNet().teach(a_lesson(epochs=1)))
+        next(FitNet().phases(a_context(epochs=1)))

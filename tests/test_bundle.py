@@ -18,21 +18,23 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from edgekd.core.artifact import File
-from edgekd.core.step_cache import Ledger
+from edgekd.core.step_cache import StepCache
 from edgekd.errors import ConfigError, ModelError, StaleArtifact
 from edgekd.onnx import inspect
 from edgekd.stages.bench.config import BenchConfig
-from edgekd.stages.bench.runner import runner_path
-from edgekd.stages.device.bundle import Bundle, BundleConfig, Sent, bundle, place
+from edgekd.stages.device.bundle import BundleConfig, BundleModel, BundleRequest, copy_bundle, write_bundle
 from edgekd.stages.export.export import ExportConfig, export
-from edgekd.stages.quantize.quantize import quantize_with
-from edgekd.stages.quantize.ranges import QuantizeConfig, ranges_of
+from edgekd.stages.quantize.quantize import Int8Options, write_int8_files
+from edgekd.stages.quantize.ranges import QuantizeConfig, calibrate_step
 from edgekd.targets.cpu import Cpu
 from edgekd.targets.jetson import Jetson
 from edgekd.targets.tensorrt import TensorRt
+from edgekd.tasks.classification import Classification
+from edgekd.tasks.regression import Regression
+from tests import zoo
 
 USUAL = BundleConfig()
-QUICK = BenchConfig(blocks=3, calls=4, warmup_s=0.0, metrics=("p50_ms",))
+QUICK = BenchConfig(rounds=3, calls_per_round=4, warmup_s=0.0, metrics=("p50_ms",))
 ORIN = Jetson()
 THOR = Jetson(jetpack="7.0", board="thor")
 DLA = Jetson(jetpack="5.1", board="agx-orin", dla=True)
@@ -91,23 +93,22 @@ def sent(network, digits, files, tmp_path_factory):
     exported, ranges, made = {}, {}, {}
     for target in (Cpu(), ORIN, THOR, DLA):
         out = tmp_path_factory.mktemp("sent")
-        asked = min(20, target.delivery.opset or 20)
+        asked = min(20, target.deployment_plan.opset or 20)
         if asked not in exported:
-            exported[asked] = export(out, "net", network, digits[0][:16], (10,), ExportConfig(opset=asked))
-            ranges[asked] = ranges_of(out, exported[asked], files[0], QuantizeConfig())
+            exported[asked] = export(out, "net", network, digits[0][:16], zoo.logits(10), ExportConfig(opset=asked))
+            ranges[asked] = calibrate_step(out, exported[asked], files[0], QuantizeConfig())
         fp32, int8 = exported[asked].single, None
-        if target.dialect.form != "cache":
-            int8 = quantize_with(out, exported[asked], files[0], target.dialect, ranges[asked]).single
-        teacher = Sent("teacher", "teacher", "supervised", True, fp32)
-        made[target] = (teacher, Sent("net", "student", "any", True, fp32, int8, ranges[asked]))
+        if target.scheme.format != "calibration_cache":
+            int8 = write_int8_files(out, exported[asked], files[0], ranges[asked], Int8Options(target.scheme)).single
+        teacher = BundleModel("teacher", "teacher", "supervised", True, fp32)
+        made[target] = (teacher, BundleModel("net", "student", "any", True, fp32, int8, ranges[asked]))
     return made
 
 
 def make(out, target, networks, files, config=USUAL, **changes):
     out.mkdir(parents=True, exist_ok=True)
-    given = dict(zip(("calibration", "inputs", "labels"), files, strict=True)) | changes
-    return bundle(out, "digits", "it", target, networks, **given, runner=File.of(runner_path()), config=config,
-                  protocol=QUICK)  # fmt: skip
+    request = BundleRequest("digits", "it", target, networks, *files, Classification(), config, QUICK)
+    return write_bundle(out, replace(request, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -140,15 +141,17 @@ def test_the_manifest_names_every_file_with_its_hash(made):
 def test_the_manifest_says_what_the_runner_needs(made):
     told = made[Cpu()].read()
     assert (told["schema"], told["name"], told["target"], told["runtime"], told["threads"]) == (
-        1, "digits", "it", "onnxruntime", 1)  # fmt: skip
+        2, "digits", "it", "onnxruntime", 1)  # fmt: skip
     assert (told["jetpack"], told["board"], told["tensorrt"]) == (None, None, None)
-    assert told["protocol"]["blocks"] == 3 and told["protocol"]["warmup_calls"] > 0
+    assert told["protocol"]["rounds"] == 3 and told["protocol"]["warmup_calls"] > 0
     assert [(e["name"], e["role"], e["model"], e["precisions"]) for e in told["engines"]] == [
         ("teacher fp32", "teacher", "models/teacher-fp32.onnx", ["fp32"]),
         ("net fp32", "student", "models/net-fp32.onnx", ["fp32"]),
         ("net int8", "student", "models/net-int8.onnx", ["int8"]),
     ]
-    assert all(e["agreement"] >= 98 and e["macs"] > 0 and e["parameters"] > 0 and e["knows"] for e in told["engines"])
+    assert all(
+        e["agreement"] >= 98 and e["macs"] > 0 and e["parameters"] > 0 and e["predicts_labels"] for e in told["engines"]
+    )
 
 
 def test_inputs_are_test_images_of_all_classes_with_their_labels(made, digits):
@@ -161,11 +164,11 @@ def test_inputs_are_test_images_of_all_classes_with_their_labels(made, digits):
 
 
 def test_fewer_images_are_asked_for_fewer(sent, files, tmp_path):
-    one = make(tmp_path, Cpu(), sent[Cpu()], files, BundleConfig(images=20, checked=8))
+    one = make(tmp_path, Cpu(), sent[Cpu()], files, BundleConfig(images=20, verify_images=8))
     assert len(np.load(tmp_path / "inputs.npy")) == len(np.load(tmp_path / "labels.npy")) == 20
-    assert one.read()["checked"] == 8 and np.load(tmp_path / "expected/net-int8.npy").shape == (8, 10)
-    with pytest.raises(ConfigError, match="bundle.checked is 9, bundle.images 8"):
-        BundleConfig(images=8, checked=9)
+    assert one.read()["verify_images"] == 8 and np.load(tmp_path / "expected/net-int8.npy").shape == (8, 10)
+    with pytest.raises(ConfigError, match="bundle.verify_images is 9, bundle.images 8"):
+        BundleConfig(images=8, verify_images=9)
 
 
 def test_expected_answers_are_those_of_the_file_without_optimisation(made):
@@ -173,7 +176,7 @@ def test_expected_answers_are_those_of_the_file_without_optimisation(made):
         told, inputs = one.read(), np.load(one.folder / "inputs.npy")
         for engine in told["engines"]:
             expected = np.load(one.folder / engine["expected"])
-            assert expected.dtype == np.float32 and len(expected) == told["checked"] == 256
+            assert expected.dtype == np.float32 and len(expected) == told["verify_images"] == 256
             assert np.array_equal(expected, answers(one.folder / engine["model"], inputs[:256]))
 
 
@@ -223,21 +226,21 @@ def test_a_dla_gets_the_float_file_and_a_cache_for_its_tensorrt(made):
 
 def test_a_baseline_is_built_once_and_a_teacher_of_other_classes_is_marked(sent, files, tmp_path):
     teacher, student = sent[THOR]
-    networks = (replace(teacher, knows=False), replace(student, name="other", role="baseline"), student)
+    networks = (replace(teacher, predicts_labels=False), replace(student, name="other", role="baseline"), student)
     engines = make(tmp_path, THOR, networks, files).read()["engines"]
     assert [e["name"] for e in engines if e["role"] == "baseline"] == ["other fp32"]
-    assert [e["knows"] for e in engines if e["role"] == "teacher"] == [False, False]
+    assert [e["predicts_labels"] for e in engines if e["role"] == "teacher"] == [False, False]
 
 
 def test_answers_that_are_no_classes_are_not_judged_by_classes(sent, files, tmp_path):
     np.save(tmp_path / "maps.npy", np.zeros((len(np.load(files[1].path)), 10, 8, 8), np.float32))
-    one = make(tmp_path / "b", Cpu(), sent[Cpu()], files, labels=File.of(tmp_path / "maps.npy"))
+    one = make(tmp_path / "b", Cpu(), sent[Cpu()], files, labels=File.of(tmp_path / "maps.npy"), task=Regression())
     assert {e["agreement"] for e in one.read()["engines"]} == {0.0}
 
 
 def test_the_same_build_twice_gives_the_same_bytes(made, sent, files, tmp_path):
     for target, one in made.items():
-        again = make(tmp_path / target.runtime / target.trait, target, sent[target], files)
+        again = make(tmp_path / target.runtime / target.label, target, sent[target], files)
         assert everything(again.folder) == everything(one.folder)
 
 
@@ -255,21 +258,21 @@ def test_a_bundle_is_put_in_place_and_results_stay(made, tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "old.onnx").write_text("of another build")
     for _ in range(2):
-        place(made[Cpu()], tmp_path)
+        copy_bundle(made[Cpu()], tmp_path)
     found = everything(tmp_path)
     assert found.pop("results/result.json")[0] == b"measured"
     assert found == everything(made[Cpu()].folder)
 
 
 def test_a_bundle_is_a_step_of_the_ledger_and_a_changed_file_is_refused(sent, files, tmp_path):
-    ledger = Ledger(tmp_path / "steps")
-    arguments = ("digits", "it", Cpu(), sent[Cpu()], *files, File.of(runner_path()), BundleConfig(), QUICK)
-    made = ledger.step("bundle", Bundle, bundle, *arguments)
-    place(made, tmp_path / "out")
+    cache = StepCache(tmp_path / "steps")
+    request = BundleRequest("digits", "it", Cpu(), sent[Cpu()], *files, Classification(), BundleConfig(), QUICK)
+    made = cache.step("bundle", write_bundle, request)
+    copy_bundle(made, tmp_path / "out")
     assert "step.json" not in everything(tmp_path / "out")
     (made.folder / "models/net-int8.onnx").write_bytes(b"other")
     with pytest.raises(StaleArtifact, match="net-int8.onnx` changed since it was recorded"):
-        place(made, tmp_path / "out")
+        copy_bundle(made, tmp_path / "out")
 
 
 # what stops it
@@ -279,7 +282,7 @@ def foreign(path, nodes, shape=(1, 1, 8, 8), opset=13):
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("image", shape), ("y", None))]
     graph = helper.make_graph(nodes, "foreign", values[:1], values[1:])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=7), path)
-    return Sent("odd", "student", "any", True, inspect.described(path, "odd", 1))
+    return BundleModel("odd", "student", "any", True, inspect.describe(path, "odd", 1))
 
 
 def test_an_operator_that_tensorrt_lacks_stops_the_bundle_by_the_name_of_its_node(files, tmp_path):
@@ -312,13 +315,13 @@ def test_the_readme_says_what_to_type_why_and_what_was_never_measured(made):
     for target, one in made.items():
         text = (one.folder / "README.md").read_text()
         assert "\n    sh run.sh\n" in text and "edgekd import-result results/result.json" in text
-        assert all(sentence[1:] in text for sentence in target.delivery.why)
+        assert all(sentence[1:] in text for sentence in target.deployment_plan.why)
         assert ("no TensorRT ran" in text) == (target.runtime == "tensorrt")
-        assert ("--lock-clocks" in text) == (target.delivery.jetpack is not None)
+        assert ("--lock-clocks" in text) == (target.deployment_plan.jetpack is not None)
 
 
 def test_one_command_runs_it_from_anywhere_and_again(made, tmp_path):
-    folder = place(made[Cpu()], tmp_path / "a bundle")
+    folder = copy_bundle(made[Cpu()], tmp_path / "a bundle")
     environment = os.environ | {"PYTHON": sys.executable}
     for _ in range(2):
         done = subprocess.run(["sh", str(folder / "run.sh")], capture_output=True, text=True, check=False,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from ruamel.yaml import YAML
 
 CI = Path(__file__).parents[1] / "deploy" / "ci"
 ACTION = CI / "edgekd-build" / "action.yml"
@@ -42,7 +42,7 @@ def job(tmp_path: Path, code: int, **inputs: str) -> tuple[int, Path]:
     """Run the action's scripts as GitHub would, with `docker` ending in `code`; the exit code of the last."""
     (tmp_path / "docker").write_text(DOCKER)
     (tmp_path / "docker").chmod(0o755)
-    action = yaml.safe_load(ACTION.read_text())
+    action = YAML(typ="safe").load(ACTION.read_text())
     asked = {name: told.get("default", "") for name, told in action["inputs"].items()} | inputs
     known = {f"inputs.{name}": value for name, value in asked.items()}
     ended = 0
@@ -85,7 +85,7 @@ OLD = (
     "report.json",
     "manifest.json",
     "samples-cpu.npz",
-    "ships/cpu/a.onnx",
+    "artifacts/cpu/a.onnx",
     "bundle-jetson/run.sh",
 )
 
@@ -113,7 +113,7 @@ def test_what_a_job_shows_is_of_its_own_build(tmp_path: Path, code: int, told: b
 
 @pytest.mark.parametrize("before", [True, False])
 def test_a_job_of_gitlab_shows_what_is_of_its_own_build(tmp_path: Path, before: bool) -> None:
-    told: dict[str, Any] = yaml.safe_load((CI / "gitlab.yml").read_text())["edgekd"]
+    told: dict[str, Any] = YAML(typ="safe").load((CI / "gitlab.yml").read_text())["edgekd"]
     (tmp_path / "edgekd").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\" > words\nexit 3\n")
     (tmp_path / "edgekd").chmod(0o755)
     if before:
@@ -130,7 +130,7 @@ def test_a_job_of_gitlab_shows_what_is_of_its_own_build(tmp_path: Path, before: 
 
 
 def test_a_container_that_outlives_its_job_is_stopped_before_the_cache_is_kept(tmp_path: Path) -> None:
-    steps = yaml.safe_load(ACTION.read_text())["runs"]["steps"]
+    steps = YAML(typ="safe").load(ACTION.read_text())["runs"]["steps"]
     stops = next(i for i, step in enumerate(steps) if "docker stop" in step.get("run", ""))
     keeps = next(i for i, step in enumerate(steps) if "cache/save" in step.get("uses", ""))
     assert stops < keeps and steps[stops]["if"] == steps[keeps]["if"] == "always()"
@@ -157,7 +157,7 @@ def test_inputs_become_words_and_none_of_them_is_run(tmp_path: Path) -> None:
 
 
 def test_what_a_job_keeps_is_the_folder_that_it_builds_into() -> None:
-    told: dict[str, Any] = yaml.safe_load((CI / "gitlab.yml").read_text())["edgekd"]
+    told: dict[str, Any] = YAML(typ="safe").load((CI / "gitlab.yml").read_text())["edgekd"]
     out = told["variables"]["EDGEKD_OUT"]
     assert told["artifacts"]["paths"] == [f"{out}/"]
     assert told["artifacts"]["exclude"] == [f"{out}/steps/**/*"]

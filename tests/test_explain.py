@@ -10,26 +10,24 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
 from edgekd.cli import main
-from edgekd.core.quant_scheme import named
+from edgekd.core.quant_scheme import get_scheme
 from edgekd.errors import ConfigError
 from edgekd.onnx import inspect
-from edgekd.onnx.graph import View
+from edgekd.onnx.graph import GraphView
 from edgekd.stages.explain import explain, ort_profile, speed_causes
-from edgekd.stages.explain.accuracy_causes import accuracy
-from edgekd.stages.explain.explain import VNNI
-from edgekd.stages.explain.float_regions import KERNELS, islands
-from edgekd.stages.explain.layer_error import Loss, losses
+from edgekd.stages.explain.accuracy_causes import accuracy_causes
+from edgekd.stages.explain.float_regions import KERNELS, find_float_regions
+from edgekd.stages.explain.layer_error import LayerError, layer_errors
 from edgekd.stages.explain.layers import form, layers
-from edgekd.stages.explain.result import as_json, described
-from edgekd.stages.explain.speed_causes import Case
+from edgekd.stages.explain.result import as_json, format_explanation
+from edgekd.stages.explain.speed_causes import Diagnosis
 from edgekd.stages.quantize.quantize import QuantizeConfig, quantize_file
-from edgekd.targets._jetpack import jetpack
-from edgekd.targets.cpu import here
-from edgekd.utils.cpu import flags
+from edgekd.targets.cpu import this_arch
+from edgekd.utils.cpu import VNNI, flags
 
 RANDOM = np.random.default_rng(0)
 CHANNELS, SIZE = 32, 24
-X86 = pytest.mark.skipif(here() != "x86", reason="signed activations are slow on x86 only")
+X86 = pytest.mark.skipif(this_arch() != "x86", reason="signed activations are slow on x86 only")
 FAST = pytest.mark.skipif(not VNNI & set(flags()), reason="INT8 is not fast on this processor")
 
 
@@ -115,23 +113,23 @@ def files(tmp_path_factory):
     static("hardswish", made["HardSwish"], quant_format=QuantFormat.QDQ, **unsigned, per_channel=True)
     made["dynamic"] = folder / "dynamic.onnx"
     quantize_dynamic(made["Relu"], made["dynamic"], weight_type=QuantType.QUInt8)
-    for dialect in ("ort-x86", "tensorrt"):
-        made[dialect] = folder / f"{dialect}.onnx"
-        quantize_file(made["Relu"], made[dialect], inputs(), named(dialect), QuantizeConfig())
+    for scheme in ("ort-x86", "tensorrt"):
+        made[scheme] = folder / f"{scheme}.onnx"
+        quantize_file(made["Relu"], made[scheme], inputs(), get_scheme(scheme), QuantizeConfig())
     made["images"] = folder / "images.npz"
     np.savez(made["images"], image=inputs(16))
     return made
 
 
 def view(path):
-    return View(inspect.load(path), jetpack("6.2"))
+    return GraphView(inspect.load(path))
 
 
 def case(path, reference=None):
     paths = (path,) if reference is None else (path, reference)
-    own, *base = ort_profile.profiled(paths, inputs(2), 1)
+    own, *base = ort_profile.profile_files(paths, inputs(2), 1)
     seen = view(path)
-    return Case(form(seen), layers(seen), own, islands(seen, own), *base)
+    return Diagnosis(form(seen), layers(seen), own, find_float_regions(seen, own), *base)
 
 
 # speed
@@ -140,28 +138,28 @@ def case(path, reference=None):
 @X86
 @pytest.mark.parametrize("name", ["signed", "signed-qoperator", "tensorrt"])
 def test_signed_activations_are_told_on_x86(files, name):
-    first = speed_causes.speed(case(files[name]))[0]
-    assert "signed (int8)" in first.verdict and "ort-x86" in first.switch and "QUInt8" in first.elsewhere
+    first = speed_causes.speed_causes(case(files[name]))[0]
+    assert "signed (int8)" in first.verdict and "ort-x86" in first.fix and "QUInt8" in first.other_tools
     assert first.share > 0.3
 
 
 @X86
 def test_pairs_are_left_around_an_operator_without_an_integer_kernel(files):
     seen = case(files["hardswish"])
-    lost = [one for one in seen.islands if one.floats]
+    lost = [one for one in seen.float_regions if one.floats]
     assert {sentence for one in lost for _, sentence in one.reasons} == {
         "onnxruntime has no integer kernel for HardSwish"
     }
     assert len(lost) == 3 and all(one.pairs == 2 for one in lost)
     assert ("c1", "c2") in [one.between[:2] for one in lost]
-    found = speed_causes.speed(seen)
+    found = speed_causes.speed_causes(seen)
     assert "HardSwish (3 places)" in found[0].verdict and "6 Q/DQ" in found[0].verdict
 
 
 def test_dynamic_quantization_is_told(files):
     seen = case(files["dynamic"], files["Relu"])
     assert seen.form == "dynamic" and {layer.activation for layer in seen.layers} == {"dynamic"}
-    assert any("static ranges" in cause.switch for cause in speed_causes.speed(seen))
+    assert any("static ranges" in cause.fix for cause in speed_causes.speed_causes(seen))
 
 
 @X86
@@ -208,14 +206,14 @@ def test_inner_layers_of_a_rescaled_network_are_not_compared(tmp_path):
     np.savez(tmp_path / "images.npz", images=images)
     for equalize in (False, True):
         made = tmp_path / f"int8-{equalize}.onnx"
-        quantize_file(fp32, made, images, named("ort-x86"), QuantizeConfig(equalize=equalize))
+        quantize_file(fp32, made, images, get_scheme("ort-x86"), QuantizeConfig(cross_layer_equalization=equalize))
         told = explain.explain(made, fp32, tmp_path / "images.npz")
         assert bool(told.losses) != equalize
-        assert any("rescaled (equalize)" in note for note in told.notes) == equalize
+        assert any("rescaled (cross_layer_equalization)" in note for note in told.notes) == equalize
 
 
 def reasons(path):
-    return {sentence for one in case(path).islands for _, sentence in one.reasons}
+    return {sentence for one in case(path).float_regions for _, sentence in one.reasons}
 
 
 POOL = {"kernel_shape": [2, 2]}
@@ -236,7 +234,7 @@ def test_integer_kernels_are_where_they_are_said_to_be(tmp_path, op):
 
 
 def test_every_time_belongs_to_a_node_of_the_file(files):
-    own, base = ort_profile.profiled((files["ort-x86"], files["Relu"]), inputs(2), 1)
+    own, base = ort_profile.profile_files((files["ort-x86"], files["Relu"]), inputs(2), 1)
     for seen in (own, base):
         named_ones = {o.name for o in seen.operators}
         assert {"c1", "c2", "c3", "fc"} <= named_ones
@@ -275,7 +273,7 @@ def test_a_channel_without_steps_is_told(tmp_path):
         quantize_static(source, target, Feed(inputs()), activation_type=QuantType.QUInt8, per_channel=per_channel)
         found = layers(view(target))
         assert [layer.weakest for layer in found] == [weakest]
-        told = [cause.verdict for cause in accuracy(found, [], None, x86=True, vnni=True)]
+        told = [cause.verdict for cause in accuracy_causes(found, [], None, x86=True, vnni=True)]
         assert told == ([] if per_channel else [told[0]])
         assert per_channel or f"channel {CHANNELS - 1} of `c` is left with 4 of 127 steps" in told[0]
 
@@ -288,7 +286,7 @@ def test_losses_are_those_of_the_formula(tmp_path):
         tmp_path / "int8.onnx", rounded.node("y", "Neg", rounded.pair("in", rounded.node("same", "Abs", "x"), 0.005))
     )
     images = np.abs(inputs(3))
-    (found,) = losses(view(path), path, reference, images)
+    (found,) = layer_errors(view(path), path, reference, images)
     error = np.clip(np.rint(images / np.float32(0.005)), 0, 255).astype(np.float64) * np.float32(0.005) - images
     wanted = 10 * np.log10((images.astype(np.float64) ** 2).sum() / (error**2).sum())
     assert found.tensor == "same_y" and found.node == "same"
@@ -299,15 +297,17 @@ def test_losses_are_those_of_the_formula(tmp_path):
 
 @pytest.mark.parametrize("name", ["qoperator", "ort-x86", "tensorrt", "signed"])
 def test_losses_are_read_from_every_form(files, name):
-    found = losses(view(files[name]), files[name], files["Relu"], inputs(4))
+    found = layer_errors(view(files[name]), files[name], files["Relu"], inputs(4))
     assert len(found) >= 4 and all(one.own_db > 25 and one.whole_db > 20 for one in found)
 
 
 def test_ranges_are_judged_by_what_they_lose():
     def told(**facts):
-        loss = Loss(**{"tensor": "t", "node": "n", "own_db": 8.0, "whole_db": 7.0, "clipped": 0.0, "used": 0.9} | facts)
-        (cause,) = accuracy([], [loss], None, x86=True, vnni=True)
-        return cause.switch
+        loss = LayerError(
+            **{"tensor": "t", "node": "n", "own_db": 8.0, "whole_db": 7.0, "clipped": 0.0, "used": 0.9} | facts
+        )
+        (cause,) = accuracy_causes([], [loss], None, x86=True, vnni=True)
+        return cause.fix
 
     assert "minmax" in told(clipped=0.2)
     assert "percentile" in told(used=0.02)
@@ -315,9 +315,9 @@ def test_ranges_are_judged_by_what_they_lose():
 
 
 def test_without_vnni_full_range_weights_are_told(files):
-    found = list(accuracy(layers(view(files["ort-x86"])), [], None, x86=True, vnni=False))
+    found = list(accuracy_causes(layers(view(files["ort-x86"])), [], None, x86=True, vnni=False))
     assert ["saturate" in cause.verdict for cause in found] == [True]
-    assert "reduce_range" in found[0].elsewhere
+    assert "reduce_range" in found[0].other_tools
 
 
 # the whole
@@ -334,7 +334,7 @@ def test_of_a_good_file_nothing_is_wrong(files):
         assert told.verdicts[0].startswith("nothing is wrong: ") and "faster" in told.latency
     assert told.pairs.left == told.pairs.edges == 2 < told.pairs.written
     assert told.agreement >= 75 and len(told.losses) >= 4
-    assert described(told).splitlines()[-1] == told.verdicts[0]
+    assert format_explanation(told).splitlines()[-1] == told.verdicts[0]
 
 
 @X86

@@ -37,7 +37,7 @@ def test_the_runner_tells_a_full_disk_in_a_line_of_json(tmp_path, name):
     path = job(tmp_path, [doubler(tmp_path / "a.onnx")])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / f"{name}.tmp").symlink_to(FULL)
-    words = [sys.executable, str(runner_path()), "answer", "--job", str(path), "--out", str(tmp_path / "out")]
+    words = [sys.executable, str(runner_path()), "predict", "--job", str(path), "--out", str(tmp_path / "out")]
     ran = subprocess.run(words, capture_output=True, text=True, check=False)
     last = json.loads(ran.stdout.splitlines()[-1])
     assert ran.returncode == 1 and ran.stderr == ""

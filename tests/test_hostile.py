@@ -22,7 +22,7 @@ from edgekd.errors import CheckpointError, ConfigError, DataError
 from edgekd.models.python import Python
 from edgekd.onnx import inspect
 from edgekd.onnx.inputs import load_calibration
-from edgekd.stages.bench.compare_files import true_classes
+from edgekd.stages.bench.compare_files import check_labels
 from edgekd.training import checkpoint
 from tests import zoo
 from tests.standins.commands import command
@@ -48,9 +48,9 @@ def test_a_pickle_runs_only_if_it_is_trusted_and_else_names_what_it_wanted(tmp_p
     words = ["export", "-o", tmp_path / "toy.onnx", "--model", "tests.zoo:Toy", "--checkpoint", tmp_path / "evil.pt"]
     words += ["--images", tmp_path / "x.npy", "--classes", "3"]
     code, said = command(capsys, *words)
-    assert code == 2 and "posix.mkdir" in said and "would run code" in said and "trust: true" in said
+    assert code == 2 and "posix.mkdir" in said and "would run code" in said and "allow_pickle: true" in said
     assert not (tmp_path / "harm").exists() and not (tmp_path / "toy.onnx").exists()
-    code, said = command(capsys, *words, "--trust")
+    code, said = command(capsys, *words, "--allow-pickle")
     assert code == 0, said
     assert (tmp_path / "harm").is_dir() and (tmp_path / "toy.onnx").exists()
 
@@ -115,7 +115,7 @@ def test_a_checkpoint_that_would_fill_the_memory_is_read_only_if_it_is_trusted(z
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(CheckpointError, match=r"it asks for `builtins.bytearray`"):
         checkpoint.load(zoo.Toy(), path)
-    checkpoint.load(zoo.Toy(), path, trust=True)
+    checkpoint.load(zoo.Toy(), path, allow_pickle=True)
 
 
 def test_a_checkpoint_that_unpacks_is_read_only_if_it_is_trusted(tmp_path):
@@ -125,7 +125,7 @@ def test_a_checkpoint_that_unpacks_is_read_only_if_it_is_trusted(tmp_path):
             packed.writestr(part.filename, whole.read(part), zipfile.ZIP_DEFLATED)
     with pytest.raises(CheckpointError, match="d.pt` is compressed"):
         checkpoint.load(zoo.Toy(), tmp_path / "d.pt")
-    checkpoint.load(zoo.Toy(), tmp_path / "d.pt", trust=True)
+    checkpoint.load(zoo.Toy(), tmp_path / "d.pt", allow_pickle=True)
 
 
 def broken(path):
@@ -186,8 +186,8 @@ def test_a_module_may_raise_whatever_it_likes(text, says, tmp_path, monkeypatch)
 def test_a_plug_in_of_another_package_that_breaks_is_named(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "broken_plugin.py").write_text("import this_is_nowhere")
-    places = dict(plugins.places("models"))
-    monkeypatch.setattr(plugins, "places", lambda folder: {**places, "theirs": "broken_plugin"})
+    places = dict(plugins.modules("models"))
+    monkeypatch.setattr(plugins, "modules", lambda folder: {**places, "theirs": "broken_plugin"})
     with pytest.raises(ConfigError, match="the plug-in `theirs` of `broken_plugin` cannot be loaded: ModuleNotFound"):
         plugins.load("models", "theirs")
 
@@ -291,7 +291,7 @@ def test_every_kind_of_picture_is_read_as_it_looks(make, suffix, value, grey, ro
     image.save(root / f"train/cat/00{suffix}")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        content = Folder(str(root), grey=grey, valid=0.2).read(None)
+        content = Folder(str(root), grey=grey, valid_fraction=0.2).read(None)
     pixels = np.concatenate([content.train.images, content.valid.images])
     assert pixels.shape[1:] == (6, 8, 1 if grey else 3)
     assert {int(v) for v in np.unique(pixels)} <= {*range(118, 123), value}
@@ -300,7 +300,7 @@ def test_every_kind_of_picture_is_read_as_it_looks(make, suffix, value, grey, ro
 def test_of_an_animation_the_first_picture_counts_and_a_wrong_name_does_not(root):
     frames = [Image.new("L", (8, 6), v) for v in (120, 10, 250)]
     frames[0].save(root / "train/cat/00.png", "GIF", save_all=True, append_images=frames[1:])  # no PNG at all
-    assert set(np.unique(Folder(str(root), grey=True, valid=0.2).read(None).train.images)) == {120}
+    assert set(np.unique(Folder(str(root), grey=True, valid_fraction=0.2).read(None).train.images)) == {120}
 
 
 def test_numbers_without_black_and_white_are_refused(root):
@@ -317,10 +317,10 @@ def test_links_that_lead_out_of_the_folder_are_followed_only_if_they_are_ones_ow
     with pytest.raises(DataError, match=r"train/cat/99.png` leads out of .*secret.png") as error:
         Folder(str(root)).fingerprint()
     assert "links: true" in error.value.hint
-    assert len(Folder(str(root), valid=0.2, links=True).read(None).test.labels) == 4
+    assert len(Folder(str(root), valid_fraction=0.2, links=True).read(None).test.labels) == 4
     (root / "train/cat/99.png").unlink()
     (root / "train/cat/99.png").symlink_to(root / "train/dog/00.png")  # within it
-    Folder(str(root), valid=0.2).read(None)
+    Folder(str(root), valid_fraction=0.2).read(None)
     for home in (root / "test/cat", root / "test"):
         home.rename(tmp_path / "moved")
         home.symlink_to(tmp_path / "moved")
@@ -383,7 +383,7 @@ def test_labels_that_claim_what_they_do_not_hold_are_refused(shape, tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((4, 1, 8, 8), np.float32))
     (tmp_path / "labels.npy").write_bytes(header(shape, "<i8") + bytes(32))
     with pytest.raises(DataError, match="is not a readable .npy file of numbers"):
-        true_classes(tmp_path / "labels.npy", File.of(tmp_path / "x.npy"), ())
+        check_labels(tmp_path / "labels.npy", File.of(tmp_path / "x.npy"), ())
 
 
 def test_a_compressed_array_that_fills_the_memory_is_refused(tmp_path):

@@ -389,7 +389,7 @@ def test_a_network_without_an_end_is_not_waited_for(tmp_path, monkeypatch):
     path = saved(network([loop], outputs=[value("y", [1, 3, 8, 8])], tensors=tensors), tmp_path / "n.onnx")
     monkeypatch.setattr(sandbox, "LIMIT_S", 8.0)
     with pytest.raises(ModelError, match="does not answer within 8 s"):
-        sandbox.probed(path)
+        sandbox.probe_files(path)
 
 
 def test_a_network_that_needs_more_memory_than_there_is_is_refused(tmp_path):

@@ -26,7 +26,8 @@ from typing import Any, NoReturn
 
 import pytest
 
-from edgekd.stages.device.bundle_readme import RUN
+from edgekd.stages.bench.runner import pack_runner
+from edgekd.stages.device.bundle_readme import RUN_SCRIPT
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -235,8 +236,8 @@ def test_the_boards_image_holds_the_runner_and_says_what_it_lacks(
     assert done.returncode == 1, done.stderr  # something is missing: the runtimes, which an L4T base has
     told = json.loads(done.stdout)
     assert "numpy" in told["versions"] and "numpy" not in [lack["package"] for lack in told["missing"]]
-    (job / "run.sh").write_text(RUN)  # a bundle that lacks all else
-    shutil.copy(ROOT / "deploy" / "runner" / "edgekd_runner.py", job)
+    (job / "run.sh").write_text(RUN_SCRIPT)  # a bundle that lacks all else
+    pack_runner(job / "runner.pyz")
     done = board.run(job, "run.sh", entry=["sh"])
     assert done.returncode == 2 and "manifest.json" in done.stdout + done.stderr
 

@@ -64,13 +64,11 @@ def test_an_imported_result_takes_the_place_of_what_was_there_and_stays(place):
     before, own = bench(place), samples(place)
     done = edgekd("import-result", "away/results/result.json", "--json", cwd=place)
     after = bench(place)
-    assert [m["contestant"]["name"] for m in after["measurements"]] == [
-        m["contestant"]["name"] for m in before["measurements"]
-    ]
+    assert [m["model"]["name"] for m in after["measurements"]] == [m["model"]["name"] for m in before["measurements"]]
     away = json.loads((place / "away" / "results" / "result.json").read_text())
     assert after["samples"]["sha256"] == away["files"]["samples.npz"]["sha256"] != before["samples"]["sha256"]
     assert samples(place) != own and len(samples(place)) == 1
-    assert after["ships"] in ("kpn int8", "kpn fp32") and after["aa"] and after["machine"]["processor"]
+    assert after["selected"] in ("kpn int8", "kpn fp32") and after["aa_ratio"] and after["machine"]["processor"]
     told = json.loads(done.stdout)["targets"]["cpu"]
     labels = np.load(place / "away" / "labels.npy")
     for index, engine in enumerate(json.loads((place / "away" / "manifest.json").read_text())["engines"]):

@@ -3,7 +3,7 @@
 import pytest
 
 from edgekd.errors import ConfigError
-from edgekd.targets._jetpack import board, cache_release, jetpack, plan, table
+from edgekd.targets._jetpack import board, cache_release, jetpack, plan_engines, table
 
 OFFERED = ("4.6", "5.1", "6.0", "6.1", "6.2", "7.0", "7.1", "7.2")
 
@@ -44,7 +44,7 @@ def test_newer_jetpacks_never_read_less():
 
 
 def test_the_route_to_int8_follows_tensorrt():
-    assert {v: plan(v, jetpack(v).boards[-1]).int8 for v in OFFERED} == {
+    assert {v: plan_engines(v, jetpack(v).boards[-1]).int8 for v in OFFERED} == {
         **dict.fromkeys(OFFERED[:5], "explicit"),
         **dict.fromkeys(OFFERED[5:], "strongly_typed"),
     }
@@ -52,7 +52,7 @@ def test_the_route_to_int8_follows_tensorrt():
 
 @pytest.mark.parametrize(("name", "sm"), [("nano", "5.3"), ("tx1", "5.3"), ("tx2", "6.2")])
 def test_without_int8_a_board_gets_fp16_and_the_plan_says_so(name, sm):
-    made = plan("4.6", name)
+    made = plan_engines("4.6", name)
     assert made.engines == ("fp32", "fp16") and made.int8 is None and not made.dla
     assert made.instead == (
         f"INT8 is not available on SM {sm} ({board(name).title}): the student is built in FP16 and FP32 there",
@@ -60,26 +60,26 @@ def test_without_int8_a_board_gets_fp16_and_the_plan_says_so(name, sm):
 
 
 def test_a_dla_takes_a_calibration_cache():
-    made = plan("6.2", "orin-nx-16gb", dla=True)
+    made = plan_engines("6.2", "orin-nx-16gb", dla=True)
     assert made.dla and made.int8 == "calibration" and made.engines == ("fp16", "int8") and made.instead == ()
-    assert plan("6.2", "orin-nx-16gb").int8 == "explicit"
+    assert plan_engines("6.2", "orin-nx-16gb").int8 == "explicit"
 
 
 @pytest.mark.parametrize(
     ("version", "name", "reason"),
     [
         ("6.2", "orin-nano", "Jetson Orin Nano has no DLA: the engine runs on the GPU"),
-        ("7.2", "agx-orin", "TensorRT 10.16 of JetPack 7.2 knows no DLA: the engine runs on the GPU"),
+        ("7.2", "agx-orin", "TensorRT 10.16 of JetPack 7.2 supports no DLA: the engine runs on the GPU"),
         ("7.0", "thor", "Jetson Thor has no DLA: the engine runs on the GPU"),
     ],
 )
 def test_without_a_dla_the_gpu_is_used_and_the_plan_says_so(version, name, reason):
-    made = plan(version, name, dla=True)
+    made = plan_engines(version, name, dla=True)
     assert made.instead == (reason,) and not made.dla and made.int8 == jetpack(version).int8[0]
 
 
 def test_two_things_that_cannot_be_had_are_two_sentences():
-    assert len(plan("4.6", "nano", dla=True).instead) == 2
+    assert len(plan_engines("4.6", "nano", dla=True).instead) == 2
 
 
 @pytest.mark.parametrize(
@@ -95,13 +95,13 @@ def test_two_things_that_cannot_be_had_are_two_sentences():
 )
 def test_what_does_not_exist_is_refused_with_what_does(version, name, sentence):
     with pytest.raises(ConfigError) as refused:
-        plan(version, name)
+        plan_engines(version, name)
     assert sentence in str(refused.value)
 
 
 def test_a_calibration_cache_is_for_the_tensorrt_of_one_jetpack():
     assert [cache_release(v) for v in ("4.6", "5.1", "6.2")] == ["8.2.1", "8.5.2", "10.3.0"]
-    with pytest.raises(ConfigError, match="say --jetpack, one of 4.6, 5.1, 6.0, 6.1, 6.2"):
+    with pytest.raises(ConfigError, match="give --jetpack, one of 4.6, 5.1, 6.0, 6.1, 6.2"):
         cache_release(None)
     with pytest.raises(ConfigError, match="nothing reads a calibration cache"):
         cache_release("7.1")

@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.cli import main
-from edgekd.core.quant_scheme import named
+from edgekd.core.quant_scheme import get_scheme
 from edgekd.errors import ConfigError, ModelError
 from edgekd.stages.lint.lint import HARD, SOFT, findings, lint
 from edgekd.stages.quantize.quantize import QuantizeConfig, quantize_file
@@ -428,7 +428,7 @@ def test_onnxruntimes_default_file_is_refused_on_every_jetpack(default_file):
 
 
 def test_our_file_for_tensorrt_passes_on_every_jetpack_without_a_warning(float_file, inputs, tmp_path):
-    made = quantize_file(float_file, tmp_path / "q.onnx", inputs, named("tensorrt"), QuantizeConfig())
+    made = quantize_file(float_file, tmp_path / "q.onnx", inputs, get_scheme("tensorrt"), QuantizeConfig())
     for row in table().jetpacks:
         assert lint(made.file.path, row.version).findings == ()
 
@@ -451,7 +451,7 @@ def test_the_command_fails_where_tensorrt_would(default_file, float_file, monkey
     assert command(monkeypatch, default_file, "--jetpack", "6.2") == 1
     said = capsys.readouterr().out
     assert "error: x_QuantizeLinear: its zero point is " in said
-    assert "  fix: keep the bias float: quantize the FP32 file with `edgekd quantize --dialect tensorrt`" in said
+    assert "  fix: keep the bias float: quantize the FP32 file with `edgekd quantize --scheme tensorrt`" in said
     assert "TensorRT 10.3.0 of JetPack 6.2 will refuse it" in said.splitlines()[-1]
     assert command(monkeypatch, float_file, "--jetpack", "6.2") == 0
     assert "nothing that TensorRT 10.3.0 of JetPack 6.2 is known to refuse" in capsys.readouterr().out

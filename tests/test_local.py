@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +14,10 @@ import pytest
 from edgekd.core.artifact import File
 from edgekd.errors import EdgekdError
 from edgekd.stages.bench.config import BenchConfig
-from edgekd.stages.bench.runner import runner_path
+from edgekd.stages.bench.runner import pack_runner
 from edgekd.stages.device import local
 from edgekd.stages.device.bundle import Bundle
-from edgekd.stages.device.results import measured
+from edgekd.stages.device.results import build_bench_result
 from edgekd.targets.tensorrt import TensorRt
 from tests.standins import bundles
 
@@ -31,10 +30,12 @@ BUILD = ("build", "digits", "--smoke", "-t", "tensorrt", "-s", "student.baseline
 def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     for name, value in {"PYTHONPATH": str(DEVICE), "STANDIN_TENSORRT": "10.3.0", "LD_LIBRARY_PATH": ""}.items():
         monkeypatch.setenv(name, value)
-    rows = [bundles.engine(f"{n} fp32", n, f"{n}.onnx", knows=True, typed=True) for n in ("teacher", "student")]
+    rows = [
+        bundles.engine(f"{n} fp32", n, f"{n}.onnx", predicts_labels=True, typed=True) for n in ("teacher", "student")
+    ]
     home = bundles.make_bundle(tmp_path / "bundle", "tensorrt", rows)
-    shutil.copy(runner_path(), home / "edgekd_runner.py")
-    bundles.sealed(home, json.loads((home / "manifest.json").read_text()))
+    pack_runner(home / "runner.pyz")
+    bundles.write_manifest(home, json.loads((home / "manifest.json").read_text()))
     return Bundle(File.of(home / "manifest.json"))
 
 
@@ -48,15 +49,15 @@ def test_a_bundle_is_built_verified_and_timed_here_and_left_as_it_is(bundle, tmp
     returned = local.measure(out_of(tmp_path), bundle)
     assert {p: p.stat().st_mtime_ns for p in bundle.folder.rglob("*")} == before
     (tmp_path / "bench").mkdir()
-    result = measured(tmp_path / "bench", bundle, returned, BenchConfig(blocks=3, metrics=("top1", "p50_ms")))
-    assert [m.contestant.name for m in result.measurements] == ["teacher fp32", "student fp32"]
+    result = build_bench_result(tmp_path / "bench", bundle, returned, BenchConfig(rounds=3, metrics=("top1", "p50_ms")))
+    assert [m.model.name for m in result.measurements] == ["teacher fp32", "student fp32"]
     assert result.runtime.name == "tensorrt" and result.runtime.version == "10.3.0" and result.measurements[1].speedup
     assert list((tmp_path / "out" / "engines").iterdir())
 
 
 def test_an_interrupted_run_goes_on_with_what_is_finished(bundle, tmp_path):
     out = out_of(tmp_path)
-    local.run(bundle, out, ("doctor", "build", "verify"))
+    local.run_commands(bundle, out, ("doctor", "build", "verify"))
     made = {p: p.stat().st_mtime_ns for p in (out / "engines").glob("*.engine")} | {out: 0}
     local.measure(out, bundle)
     assert len(made) > 1
@@ -64,10 +65,10 @@ def test_an_interrupted_run_goes_on_with_what_is_finished(bundle, tmp_path):
 
 
 def test_another_tensorrt_is_another_machine_to_the_ledger(bundle, monkeypatch):
-    one = local.look(bundle)
-    assert one == local.look(bundle) and one["versions"]["tensorrt"] == "10.3.0" and one["device"]["sm"] == "8.7"
+    one = local.probe(bundle)
+    assert one == local.probe(bundle) and one["versions"]["tensorrt"] == "10.3.0" and one["device"]["sm"] == "8.7"
     monkeypatch.setenv("STANDIN_TENSORRT", "11.4.0")
-    assert local.look(bundle) != one
+    assert local.probe(bundle) != one
 
 
 def test_what_the_runner_lacks_here_is_told_with_what_to_type(bundle, tmp_path, monkeypatch):
@@ -78,10 +79,8 @@ def test_what_the_runner_lacks_here_is_told_with_what_to_type(bundle, tmp_path, 
 
 
 def test_a_runner_that_dies_is_told_with_its_last_words(bundle, tmp_path):
-    (bundle.folder / "edgekd_runner.py").write_text(
-        "import os\nprint('so long', flush=True)\nos.kill(os.getpid(), 9)\n"
-    )
-    with pytest.raises(EdgekdError, match="this machine: the job was ended by signal 9; its last words: so long"):
+    (bundle.folder / "runner.pyz").write_text("import os\nprint('so long', flush=True)\nos.kill(os.getpid(), 9)\n")
+    with pytest.raises(EdgekdError, match="this machine: the job was ended by signal 9; its last lines: so long"):
         local.measure(out_of(tmp_path), bundle)
 
 
@@ -95,7 +94,7 @@ def edgekd(*words: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[s
 
 @pytest.mark.slow
 def test_a_workstation_is_measured_by_the_build_itself_once_it_has_all_and_till_then_says_what_it_lacks(tmp_path):
-    if not TensorRt().missing():
+    if not TensorRt().unavailable_reason():
         pytest.skip("TensorRT is here, and would be used")
     without = json.loads(edgekd(*BUILD, cwd=tmp_path).stdout)
     assert "not measured on device: there is no" in without["not_measured"]["tensorrt"]

@@ -9,12 +9,13 @@ import torch
 from torch.nn.utils import parametrize
 
 from edgekd.core import plugins
-from edgekd.core.dataset import Augment
-from edgekd.core.method import Lesson, Method, play
+from edgekd.core.augment import Augment
+from edgekd.core.method import Method, TrainingContext, run_phases
 from edgekd.methods.kd import KD
-from edgekd.stages.distill.distill import Played
-from edgekd.stages.distill.setup import Course, a_trainer
-from edgekd.training.architecture_diff import difference, operated
+from edgekd.stages.distill.distill import PhaseRunner
+from edgekd.stages.distill.setup import TrainingPlan, build_trainer
+from edgekd.tasks.classification import Classification
+from edgekd.training.architecture_diff import apply_diff, diff_architectures
 from edgekd.training.trainer import TrainConfig, freeze
 from tests import zoo
 
@@ -31,35 +32,36 @@ def a_method(name):
     return cls(**nested, **SETTINGS.get(name, {}))
 
 
-class Class:
-    """A classroom: a lesson with a trainer, made anew from the same seed each time."""
+class MethodRun:
+    """A method with toy networks and a trainer, from the same seed each time."""
 
     def __init__(self, name, home, watch=None):
         self.name = name
         torch.manual_seed(0)
-        course = Course(EPOCHS, TrainConfig(batch=16, precision="fp32"), Augment(1, True), seed=0)
-        self.trainer = a_trainer(zoo.blobs_task(home / "data"), course, torch.device("cpu"))
+        course = TrainingPlan(EPOCHS, TrainConfig(batch=16, precision="fp32"), Augment(1, True), seed=0)
+        self.trainer = build_trainer(zoo.blobs_dataset(home / "data"), course, torch.device("cpu"))
         student = STUDENTS.get(name, lambda: zoo.Toy(2))()
         teachers = tuple(zoo.Toy(4) for _ in range(TEACHERS.get(name, 1)))
-        self.lesson = Lesson(
+        self.ctx = TrainingContext(
             student,
             teachers,
             EPOCHS,
             zoo.CLASSES,
-            self.trainer.sample,
+            self.trainer.first_batches,
+            Classification(),
             build=lambda model: model.build(zoo.CLASSES, 1),
-            blueprint=lambda network: zoo.drafted(home / "draft", network),
+            quant_spec=lambda network: zoo.drafted(home / "draft", network),
         )
         self.work = home / "work"
         self.watch = watch
 
-    def teach(self):
-        freeze(self.lesson)
-        played = Played(self.work, self.trainer, self.lesson, self.name)
+    def train(self):
+        freeze(self.ctx)
+        played = PhaseRunner(self.work, self.trainer, self.ctx, self.name)
         self.records = played.records
         run = played.run if self.watch is None else lambda phase: self.watch(phase, played.run)
         with played.progress():
-            return play(a_method(self.name).teach(self.lesson), run)
+            return run_phases(a_method(self.name).phases(self.ctx), run)
 
 
 @pytest.fixture(params=plugins.names("methods"))
@@ -83,46 +85,46 @@ def same(a, b):
 
 
 def test_keeps_to_the_epoch_budget(name, tmp_path):
-    room = Class(name, tmp_path)
-    room.teach()
+    room = MethodRun(name, tmp_path)
+    room.train()
     assert 0 < sum(r.epochs for r in room.records) <= EPOCHS
 
 
 def test_teaches_something(name, tmp_path):
-    room = Class(name, tmp_path)
-    before = state({"student": room.lesson.student})
-    assert not same(before, state(room.teach()))
+    room = MethodRun(name, tmp_path)
+    before = state({"student": room.ctx.student})
+    assert not same(before, state(room.train()))
 
 
 def test_leaves_teachers_untouched(name, tmp_path):
-    room = Class(name, tmp_path)
-    before = state({"t": room.lesson.teachers[0]})
-    room.teach()
-    assert same(before, state({"t": room.lesson.teachers[0]}))
+    room = MethodRun(name, tmp_path)
+    before = state({"t": room.ctx.teachers[0]})
+    room.train()
+    assert same(before, state({"t": room.ctx.teachers[0]}))
 
 
 def test_students_hold_nothing_of_the_method(name, tmp_path):
-    for student in Class(name, tmp_path).teach().values():
+    for student in MethodRun(name, tmp_path).train().values():
         for module in student.modules():
             assert not type(module).__module__.startswith("edgekd.methods"), module
             assert not parametrize.is_parametrized(module), module
             assert not module._forward_hooks, module
         built = STUDENTS.get(name, lambda: zoo.Toy(2))()
-        assert same_function(operated(built, difference(built, student)), student)
+        assert same_function(apply_diff(built, diff_architectures(built, student)), student)
 
 
 @pytest.mark.parametrize("lost", ["the last phase", "the last epoch"])
 def test_interrupted_and_resumed_is_the_same_as_uninterrupted(name, lost, tmp_path):
-    whole = Class(name, tmp_path / "whole")
-    want = state(whole.teach())
-    part = Class(name, tmp_path / "part")
+    whole = MethodRun(name, tmp_path / "whole")
+    want = state(whole.train())
+    part = MethodRun(name, tmp_path / "part")
     if lost == "the last phase":
         for slot in sorted(whole.work.iterdir())[:-1]:
             shutil.copytree(slot, part.work / slot.name)
     else:
         stop_before_the_last_epoch(part)
-    again = Class(name, tmp_path / "part")
-    assert same(want, state(again.teach()))
+    again = MethodRun(name, tmp_path / "part")
+    assert same(want, state(again.train()))
     keep = ("name", "epochs", "losses", "accuracy")
     assert [{k: getattr(r, k) for k in keep} for r in whole.records] == [
         {k: getattr(r, k) for k in keep} for r in again.records
@@ -141,16 +143,16 @@ def stop_before_the_last_epoch(room):
 
     room.trainer.epoch = epoch
     with pytest.raises(KeyboardInterrupt):
-        room.teach()
+        room.train()
     assert list(room.work.rglob("epoch.pt")) or left[0] == 0
 
 
 def test_a_phase_changes_only_what_it_trains(name, tmp_path):
-    room = Class(name, tmp_path)
+    room = MethodRun(name, tmp_path)
 
     def watched(phase, run):
         mine = {id(t) for m in phase.trains for t in (*m.parameters(), *m.buffers())}
-        models = (room.lesson.student, *room.lesson.teachers)
+        models = (room.ctx.student, *room.ctx.teachers)
         others = [t for m in models for t in (*m.parameters(), *m.buffers()) if id(t) not in mine]
         before = [t.detach().clone() for t in others]
         outcome = run(phase)
@@ -158,14 +160,14 @@ def test_a_phase_changes_only_what_it_trains(name, tmp_path):
         return outcome
 
     room.watch = watched
-    room.teach()
+    room.train()
 
 
 def test_notes_are_plain_json(name, tmp_path):
-    room = Class(name, tmp_path)
+    room = MethodRun(name, tmp_path)
     notes = {}
-    room.lesson = dataclasses.replace(room.lesson, note=notes.__setitem__)
-    room.teach()
+    room.ctx = dataclasses.replace(room.ctx, log_choice=notes.__setitem__)
+    room.train()
     assert json.loads(json.dumps(notes)) == notes
 
 

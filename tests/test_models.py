@@ -9,14 +9,15 @@ from edgekd.core import plugins, serialization
 from edgekd.core.artifact import File
 from edgekd.core.model import Model
 from edgekd.errors import ConfigError
-from edgekd.models._blocks import Inverted, Join, initialise
+from edgekd.models._blocks import Add, InvertedResidual, init_weights
 from edgekd.models.shufflenet import Shuffle
 from edgekd.models.vgg import VGG
 from edgekd.onnx import inspect, session
 from edgekd.stages.export.export import ExportConfig, export
 from edgekd.stages.quantize.quantize import QuantizeConfig, quantize
-from edgekd.training.feature_hooks import Taps
-from edgekd.training.layer_discovery import all_cuts, cuts, layers, outputs, unique
+from edgekd.training.feature_hooks import FeatureExtractor
+from edgekd.training.layer_discovery import cut_layers, drop_aliases, filter_cuts, is_cut, trace_layers
+from tests import zoo
 
 SMALL = {  # of each family, for the tests that run it; 5 halvings where the family has the choice
     "resnet": {"depth": 8, "width": 4},
@@ -34,7 +35,7 @@ HALVED = [pair for pair in EVERY if pair[0] not in ("resnet", "wide_resnet", "vg
 
 
 def family(name, settings):
-    return serialization.load(Model, {"use": name, **settings})
+    return serialization.from_json(Model, {"use": name, **settings})
 
 
 def built(name, settings, channels=1, classes=5):
@@ -151,7 +152,7 @@ def test_answers_images_of_any_shape(name, settings):
 def test_the_map_is_halved_as_often_as_asked(name, settings):
     for halvings in (2, 3, 4):
         network = family(name, {**settings, "halvings": halvings}).build(5, 1).eval()
-        sizes = {layer.size for layer, _ in outputs(network, torch.randn(2, 1, 64, 64))}
+        sizes = {layer.size for layer, _ in trace_layers(network, torch.randn(2, 1, 64, 64))}
         assert min(sizes)[0] == 64 >> halvings and len(sizes) >= halvings
 
 
@@ -186,7 +187,7 @@ def test_a_fresh_network_tells_images_apart(name, settings):
 def test_a_depthwise_convolution_begins_with_the_fan_of_one_channel():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(512, 512, 3, groups=512), nn.Conv2d(64, 128, 3, groups=2))
-    initialise(network)
+    init_weights(network)
     assert network[0].weight.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.05)
     assert network[1].weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.05)
     assert not network[0].bias.any()
@@ -204,14 +205,14 @@ def test_a_shuffle_interleaves_two_halves():
 def test_half_of_the_channels_pass_a_unit_of_the_shufflenet():
     network = built("shufflenet", SMALL["shufflenet"])
     with torch.no_grad():
-        _, seen = Taps(network, "stage3.0", "stage3.1")(torch.randn(2, 1, 64, 64))
+        _, seen = FeatureExtractor(network, "stage3.0", "stage3.1")(torch.randn(2, 1, 64, 64))
     assert torch.equal(seen["stage3.1"][:, 0::2], seen["stage3.0"][:, :8])
 
 
 def test_an_inverted_residual_adds_its_input_where_shapes_agree():
     x = torch.randn(2, 8, 6, 6)
     for width, stride, same in ((8, 1, True), (8, 2, False), (16, 1, False)):
-        block = Inverted(8, 48, width, 3, stride, nn.ReLU6).eval()
+        block = InvertedResidual(8, 48, width, 3, stride, nn.ReLU6).eval()
         nn.init.zeros_(block.project[1].weight)
         with torch.no_grad():
             assert torch.equal(block(x), x if same else torch.zeros(2, width, 6 // stride, 6 // stride))
@@ -225,21 +226,21 @@ def test_layers_are_found_at_every_size(name, settings):
     """In a fresh network the same as in a trained one: methods look before the first phase."""
     network, fresh = built(name, settings), family(name, settings).build(5, 1).eval()
     x = torch.randn(2, 1, 32, 24)
-    sizes = {layer.size for layer, _ in outputs(network, x)}
-    found = layers(network, x)
-    assert {layer.path for layer in layers(fresh, x)} == {layer.path for layer in found}
+    sizes = {layer.size for layer, _ in trace_layers(network, x)}
+    found = cut_layers(network, x)
+    assert {layer.path for layer in cut_layers(fresh, x)} == {layer.path for layer in found}
     assert {layer.size for layer in found} == sizes and len(sizes) >= 3
-    every = unique(outputs(network, x))
-    assert all_cuts(network, every, x) == [layer for layer in every if cuts(network, layer.path, x)]
+    every = drop_aliases(trace_layers(network, x))
+    assert filter_cuts(network, every, x) == [layer for layer in every if is_cut(network, layer.path, x)]
     assert len(found) < len(dict(network.named_modules())) / 3
 
 
 @pytest.mark.parametrize(("name", "settings"), RESIDUAL)
 def test_every_sum_of_a_residual_block_can_be_tapped_before_its_activation(name, settings):
     network = built(name, settings)
-    joins = [path for path, module in network.named_modules() if type(module).__name__ == Join.__name__]
+    joins = [path for path, module in network.named_modules() if type(module).__name__ == Add.__name__]
     with torch.no_grad():
-        _, seen = Taps(network, *joins)(torch.randn(2, 1, 32, 32))
+        _, seen = FeatureExtractor(network, *joins)(torch.randn(2, 1, 32, 32))
     assert len(seen) == len(joins) > 0 and all((made < 0).any() for made in seen.values())
 
 
@@ -285,14 +286,16 @@ def test_exports_and_runs_in_int8(name, settings, tmp_path):
     halved = {"halvings": 3} if name in dict(HALVED) else {}
     network = built(name, {**settings, **halved})
     images = torch.randn(64, 1, 16, 16).numpy()
-    exported = export(tmp_path, "student", network, images, (5,), ExportConfig())  # proves that it answers alike
+    exported = export(
+        tmp_path, "student", network, images, zoo.logits(5), ExportConfig()
+    )  # proves that it answers alike
     np.savez(tmp_path / "images.npz", image=images)
-    dialect = plugins.load("targets", "cpu")().dialect
-    int8 = quantize(tmp_path, exported, File.of(tmp_path / "images.npz"), dialect, QuantizeConfig())
+    scheme = plugins.load("targets", "cpu")().scheme
+    int8 = quantize(tmp_path, exported, File.of(tmp_path / "images.npz"), scheme, QuantizeConfig())
     assert exported.single.macs == int8.single.macs == macs(network, torch.from_numpy(images[:1]))
-    want = session.answers(exported.dynamic.file.path, images)
+    want = session.run_model(exported.dynamic.file.path, images)
     for model in (int8.single, int8.dynamic):
-        got = session.answers(model.file.path, images)
+        got = session.run_model(model.file.path, images)
         assert np.corrcoef((want - want.mean(0)).ravel(), (got - got.mean(0)).ravel())[0, 1] > 0.9
     found = inspect.facts(exported.dynamic.file.path).nodes
     assert not {"Shape", "Gather", "ConstantOfShape", "If", "Loop"} & set(found), "computes with its batch size"

@@ -17,13 +17,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.core import plugins, serialization
 from edgekd.core.artifact import File
-from edgekd.core.bench_result import BenchResult, Contestant
-from edgekd.core.quant_scheme import DIALECTS
+from edgekd.core.bench_result import BenchmarkEntry, BenchResult
+from edgekd.core.quant_scheme import QUANT_SCHEMES
 from edgekd.core.target import Target
 from edgekd.errors import ConfigError, EdgekdError
-from edgekd.onnx.session import answers
-from edgekd.stages.bench.benchmark import answer, benchmark
-from edgekd.stages.bench.compare_files import compare_files, table
+from edgekd.onnx.session import run_model
+from edgekd.stages.bench.benchmark import BenchmarkRequest, benchmark, run_on_target
+from edgekd.stages.bench.compare_files import FileComparison, compare_files, table
 from edgekd.stages.bench.config import BenchConfig
 from edgekd.stages.bench.runner import runner_path
 from edgekd.stages.quantize.quantize import QuantizeConfig, quantize_file
@@ -31,7 +31,7 @@ from edgekd.targets.openvino import OpenVino
 from edgekd.utils import cpu
 
 ROOT = Path(__file__).parent.parent
-QUICK = BenchConfig(blocks=4, calls=5, warmup_s=0.05, metrics=("top1", "agreement", "p50_ms"))
+QUICK = BenchConfig(rounds=4, calls_per_round=5, warmup_s=0.05, metrics=("top1", "agreement", "p50_ms"))
 BY_DEFAULT = "bf16" if {"avx512_bf16", "amx_bf16"} & set(cpu.flags()) else "fp32"  # what OpenVINO chooses on x86
 NO_OPENVINO = "openvino is not installed (pip install 'edgekd[openvino]')"
 real = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason=NO_OPENVINO)
@@ -77,20 +77,22 @@ def files(tmp_path_factory: pytest.TempPathFactory, images: File) -> dict[str, F
     home = tmp_path_factory.mktemp("files")
     network(home / "float.onnx")
     inputs = np.load(images.path)
-    quantize_file(home / "float.onnx", home / "int8.onnx", inputs, DIALECTS["openvino"], QuantizeConfig())
+    quantize_file(home / "float.onnx", home / "int8.onnx", inputs, QUANT_SCHEMES["openvino"], QuantizeConfig())
     return {"net fp32": File.of(home / "float.onnx"), "net int8": File.of(home / "int8.onnx")}
 
 
 def measured(out: Path, files: dict[str, File], images: File, target: Target) -> BenchResult:
     """The network on a target; the labels are what it answers in ONNX Runtime."""
-    labels = answers(files["net fp32"].path, np.load(images.path)).argmax(1)
+    labels = run_model(files["net fp32"].path, np.load(images.path)).argmax(1)
     out.mkdir(exist_ok=True)
     truth = stored(out / "labels.npy", labels)
     who = tuple(
-        Contestant(name, "student", "kd", "int8" if "int8" in name else "fp32", file, macs=1, parameters=1)
+        BenchmarkEntry(name, "student", "kd", "int8" if "int8" in name else "fp32", file, macs=1, parameters=1)
         for name, file in files.items()
     )
-    return benchmark(out / "bench", who, plugins.name_of(target), target, images, truth, "net fp32", QUICK)
+    return benchmark(
+        out / "bench", BenchmarkRequest(who, plugins.name_of(target), target, images, truth, "net fp32", QUICK)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -109,15 +111,15 @@ def test_a_file_answers_as_in_onnxruntime_whatever_its_batch(
     batch: int | str, size: int | str, images: File, tmp_path: Path
 ) -> None:
     file = File.of(network(tmp_path / "a.onnx", batch, size))
-    got = np.load(answer(tmp_path / "openvino", file, OpenVino(), images).path)
+    got = np.load(run_on_target(tmp_path / "openvino", file, OpenVino(), images).path)
     assert got.shape == (21, 10)
-    np.testing.assert_allclose(got, answers(file.path, np.load(images.path)), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got, run_model(file.path, np.load(images.path)), rtol=1e-4, atol=1e-4)
 
 
 @real
 def test_an_int8_file_answers_nearly_as_in_onnxruntime(files: dict[str, File], images: File, tmp_path: Path) -> None:
-    got = np.load(answer(tmp_path / "openvino", files["net int8"], OpenVino(), images).path)
-    want = answers(files["net int8"].path, np.load(images.path))
+    got = np.load(run_on_target(tmp_path / "openvino", files["net int8"], OpenVino(), images).path)
+    want = run_model(files["net int8"].path, np.load(images.path))
     assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
 
 
@@ -126,16 +128,16 @@ def test_an_int8_file_answers_nearly_as_in_onnxruntime(files: dict[str, File], i
 
 @real
 def test_fp32_the_default_and_int8_are_rows_with_the_precision_that_was_in_force(result: BenchResult) -> None:
-    assert [(m.contestant.name, m.contestant.precision, m.floats) for m in result.measurements] == [
+    assert [(m.model.name, m.model.precision, m.compute_precision) for m in result.measurements] == [
         ("net fp32", "fp32", "fp32"),
-        ("net fp32 (default precision)", "fp32", BY_DEFAULT),
+        ("net fp32 (native precision)", "fp32", BY_DEFAULT),
         ("net int8", "int8", "fp32"),
     ]
     exact, default, int8 = result.measurements
-    assert exact.readings["top1"] == 100 and "agreement" not in exact.readings
-    assert default.readings["agreement"] > 90 and int8.readings["agreement"] > 80
+    assert exact.metrics["top1"] == 100 and "agreement" not in exact.metrics
+    assert default.metrics["agreement"] > 90 and int8.metrics["agreement"] > 80
     assert [m.speedup is None for m in result.measurements] == [True, False, False], "the exact one is the baseline"
-    assert "net fp32 (default precision)" in table(result) and BY_DEFAULT in table(result)
+    assert "net fp32 (native precision)" in table(result) and BY_DEFAULT in table(result)
 
 
 @real
@@ -148,7 +150,7 @@ def test_the_result_tells_version_threads_streams_and_hint_as_read_back(result: 
 @real
 def test_cold_and_cached_compile_times_of_every_model_are_kept(result: BenchResult) -> None:
     starts = result.protocol["cold_start_ms"]
-    assert set(starts) == {"net fp32", "net fp32 (default precision)", "net int8", "net fp32 again"}
+    assert set(starts) == {"net fp32", "net fp32 (native precision)", "net int8", "net fp32 again"}
     for told in starts.values():
         assert set(told) == {"load", "compile", "cached_compile", "first"}
         assert 0 < told["compile"] < told["load"] and told["cached_compile"] > 0
@@ -171,10 +173,10 @@ def test_threads_that_there_are_no_cores_for_are_told(files: dict[str, File], im
 def test_files_of_any_origin_are_compared_too(files: dict[str, File], tmp_path: Path) -> None:
     network(tmp_path / "any.onnx", "N")
     models = (tmp_path / "any.onnx", files["net int8"].path)
-    told = compare_files(tmp_path / "out", models, "openvino", 1, None, None, replace(QUICK, metrics=("p50_ms",)))
-    assert [m.contestant.name for m in told.measurements] == [
+    told = compare_files(tmp_path / "out", FileComparison(models, "openvino", replace(QUICK, metrics=("p50_ms",))))
+    assert [m.model.name for m in told.measurements] == [
         "any.onnx",
-        "any.onnx (default precision)",
+        "any.onnx (native precision)",
         "int8.onnx",
     ]
 
@@ -183,14 +185,14 @@ def test_files_of_any_origin_are_compared_too(files: dict[str, File], tmp_path: 
 
 
 def test_settings_are_read_strictly() -> None:
-    read = serialization.load(Target, {"use": "openvino", "threads": 2, "hint": "throughput", "budget_ms": 1.5})  # type: ignore[type-abstract]
+    read = serialization.from_json(Target, {"use": "openvino", "threads": 2, "hint": "throughput", "budget_ms": 1.5})  # type: ignore[type-abstract]
     assert read == OpenVino(threads=2, hint="throughput", budget_ms=1.5)
-    assert read.options == {"hint": "throughput"} and read.trait == "2t-throughput"
+    assert read.options == {"hint": "throughput"} and read.label == "2t-throughput"
     with pytest.raises(ConfigError, match="threads is 0"):
         OpenVino(threads=0)
     for wrong in ({"hint": "haste"}, {"treads": 1}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
-            serialization.load(Target, {"use": "openvino"} | wrong)  # type: ignore[type-abstract]
+            serialization.from_json(Target, {"use": "openvino"} | wrong)  # type: ignore[type-abstract]
 
 
 def test_without_the_package_the_reason_is_told_and_no_number(
@@ -208,7 +210,7 @@ def test_a_file_that_openvino_cannot_read_is_told_in_words(images: File, tmp_pat
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     onnx.save(model, tmp_path / "a.onnx")
     with pytest.raises(EdgekdError, match="openvino 20.*: No conversion rule found for operations: com.microsoft.QLin"):
-        answer(tmp_path / "out", File.of(tmp_path / "a.onnx"), OpenVino(), images)
+        run_on_target(tmp_path / "out", File.of(tmp_path / "a.onnx"), OpenVino(), images)
 
 
 # --- it tells nobody ---
@@ -232,7 +234,7 @@ def test_a_runtime_opens_no_socket_and_leaves_nothing_in_the_home_folder(
 ) -> None:
     home, log = tmp_path / "home", tmp_path / "sockets.txt"
     home.mkdir()
-    protocol = {"blocks": 3, "calls": 2, "warmup_s": 0.0, "warmup_calls": 1, "seed": 0}
+    protocol = {"rounds": 3, "calls_per_round": 2, "warmup_s": 0.0, "warmup_calls": 1, "seed": 0}
     asked = {"runtime": runtime, "threads": 1, "inputs": str(images.path), "protocol": protocol}
     asked["models"] = [{"name": name, "path": str(file.path)} for name, file in files.items()]
     (tmp_path / "job.json").write_text(json.dumps(asked))
@@ -267,20 +269,20 @@ def test_a_build_measures_both_runtimes_and_reports_all_rows(tmp_path: Path) -> 
     targets = json.loads(done.stdout)["targets"]
     names = ["teacher fp32", "kpn fp32", "kpn int8", "supervised fp32"]
     assert list(targets["cpu"]) == names
-    floats = [[n, f"{n} (default precision)"] if n.endswith("fp32") else [n] for n in names]
+    floats = [[n, f"{n} (native precision)"] if n.endswith("fp32") else [n] for n in names]
     assert list(targets["openvino"]) == sum(floats, [])
     comment = (tmp_path / "out" / "report.md").read_text()
-    rows = [line for line in comment.splitlines() if line.startswith("| kpn fp32 (default precision) |")]
+    rows = [line for line in comment.splitlines() if line.startswith("| kpn fp32 (native precision) |")]
     assert len(rows) == 1 and ("| FP32, BF16 |" if BY_DEFAULT == "bf16" else "| FP32") in rows[0]
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "cached compile" in page and "kpn fp32 (default precision)" in page
+    assert "cached compile" in page and "kpn fp32 (native precision)" in page
 
 
 def test_weights_have_7_bits_on_processors_whose_products_saturate():
     for flags in (("avx2",), (), None):
         target = OpenVino().on("x86_64", flags)
-        assert target.dialect.reduce_range
-        assert "7 bits" in target.delivery.instead[0]
-    assert OpenVino(vnni=True).dialect == OpenVino().on("x86_64", ("avx_vnni",)).dialect == DIALECTS["openvino"]
-    assert OpenVino(vnni=False).on("aarch64", None).dialect != DIALECTS["openvino"]  # what the user says stands
-    assert OpenVino().on("aarch64", None).dialect == DIALECTS["openvino"]
+        assert target.scheme.reduce_range
+        assert "7 bits" in target.deployment_plan.instead[0]
+    assert OpenVino(vnni=True).scheme == OpenVino().on("x86_64", ("avx_vnni",)).scheme == QUANT_SCHEMES["openvino"]
+    assert OpenVino(vnni=False).on("aarch64", None).scheme != QUANT_SCHEMES["openvino"]  # what the user says stands
+    assert OpenVino().on("aarch64", None).scheme == QUANT_SCHEMES["openvino"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from edgekd.core import plugins
-from edgekd.core.method import Batch, Lesson
+from edgekd.core.method import Batch, TrainingContext
 from edgekd.errors import EdgekdError
 from edgekd.methods.kd import KD
 from edgekd.models.imagenet_resnet import ImagenetResNetModel
@@ -19,6 +19,7 @@ from edgekd.models.resnet import ResNet
 from edgekd.models.shufflenet import ShuffleNetModel
 from edgekd.models.vgg import VGGModel
 from edgekd.models.wide_resnet import WideResNetModel
+from edgekd.tasks.classification import Classification
 from edgekd.training.trainer import freeze
 from tests import zoo
 
@@ -43,20 +44,21 @@ def a_method(name):
     return cls(**nested, **SETTINGS.get(name, {}))
 
 
-def a_lesson(name, teacher, student, shape, home):
+def a_context(name, teacher, student, shape, home):
     """One batch of images, and networks with random weights."""
     torch.manual_seed(0)
     count = 3 if shape == PHOTO else 4
     batch = Batch(torch.randn(count, *shape), torch.arange(count) % zoo.CLASSES, torch.arange(count), 0.5)
     teachers = 2 if name == "multi_teacher" and shape == SQUARE else 1
-    lesson = Lesson(
+    lesson = TrainingContext(
         student.build(zoo.CLASSES, shape[0]),
         tuple(teacher.build(zoo.CLASSES, shape[0]) for _ in range(teachers)),
         10,
         zoo.CLASSES,
         lambda _: iter([batch]),
+        Classification(),
         build=lambda family: family.build(zoo.CLASSES, shape[0]),
-        blueprint=lambda network: zoo.drafted(home, network, inputs=batch.x.numpy()),
+        quant_spec=lambda network: zoo.drafted(home, network, inputs=batch.images.numpy()),
     )
     freeze(lesson)
     return lesson
@@ -65,15 +67,15 @@ def a_lesson(name, teacher, student, shape, home):
 @pytest.mark.parametrize("name", plugins.names("methods"))
 @pytest.mark.parametrize("case", CASES)
 def test_a_method_learns_from_another_family_or_refuses_in_words(name, case, tmp_path):
-    lesson = a_lesson(name, *CASES[case], tmp_path)
+    lesson = a_context(name, *CASES[case], tmp_path)
     try:
-        phase = next(a_method(name).teach(lesson))
+        phase = next(a_method(name).phases(lesson))
     except EdgekdError as error:
         assert error.hint and name in REFUSES, error
         return
     for module in phase.trains:
         module.train().requires_grad_(True)
-    losses = phase.loss(next(lesson.sample(1)))
+    losses = phase.loss(next(lesson.first_batches(1)))
     total = torch.stack([value.float() for value in losses.values()]).sum()
     total.backward()
     gradients = [p.grad for module in phase.trains for p in module.parameters() if p.grad is not None]

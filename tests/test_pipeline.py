@@ -16,8 +16,9 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from edgekd.pipelines.build import summary
-from edgekd.pipelines.deploy import shipped
+from edgekd.pipelines import unchanged
+from edgekd.pipelines.build_result import build_summary
+from edgekd.pipelines.deploy import with_selection
 from edgekd.targets.cpu import Cpu
 from tests.test_regressions import bench, record, row
 
@@ -42,10 +43,12 @@ def built(tmp_path_factory):
 
 
 def test_a_latency_budget_that_nothing_meets_is_told_at_once_and_to_machines(caplog):
-    late = shipped(bench(row("kd int8", 2.5), ships=""), Cpu(budget_ms=1.0), record().students)
+    late = with_selection(bench(row("kd int8", 2.5), selected=""), Cpu(budget_ms=1.0), record().students)
     said = "no student is within the budget of 1 ms: the fastest takes 2.5 ms (median)"
     assert [(r.levelname, r.message) for r in caplog.records] == [("WARNING", f"cpu: {said}")]
-    assert summary(record(late))["warnings"] == {"cpu": (said,)} and summary(record(bench()))["warnings"] == {}
+    assert (
+        build_summary(record(late))["warnings"] == {"cpu": (said,)} and build_summary(record(bench()))["warnings"] == {}
+    )
 
 
 def test_a_build_measures_teacher_student_and_baselines(built):
@@ -59,7 +62,7 @@ def test_a_build_measures_teacher_student_and_baselines(built):
 def test_the_score_is_what_the_file_answers_in_its_runtime(built):
     home, summary = built
     steps = home / "out" / "steps"
-    inputs = np.load(next(steps.glob("exam-*/inputs.npy")))
+    inputs = np.load(next(steps.glob("test-inputs-*/inputs.npy")))
     labels = np.load(next(steps.glob("data-*/test-labels.npy")))
     session = onnxruntime.InferenceSession(next(steps.glob("quantize-kpn-cpu-*/kpn-int8.onnx")))
     logits = np.concatenate([session.run(None, {"image": x[None]})[0] for x in inputs])
@@ -93,6 +96,65 @@ def test_a_second_build_makes_nothing_new(built):
     assert {p: p.stat().st_mtime_ns for p in steps.rglob("*") if p.name != "lock"} == before
     assert json.loads(done.stdout) == built[1]
     assert "..." not in done.stderr
+
+
+WITHOUT_TORCH = """
+import runpy, sys
+sys.modules["torch"] = sys.modules["onnxscript"] = None
+sys.argv = ["edgekd", *sys.argv[1:]]
+runpy.run_module("edgekd", run_name="__main__")
+"""
+
+
+def test_a_build_that_has_nothing_to_do_needs_no_torch(built):
+    home, summary = built
+    words = ["build", "digits", "--smoke", "--target", "cpu", "--out", "out", "--json"]
+    command = [sys.executable, "-c", WITHOUT_TORCH, *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=home, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == summary
+    other = subprocess.run(
+        [*command, "--set", "student.epochs=3"], capture_output=True, text=True, cwd=home, env=environment
+    )
+    assert other.returncode == 1 and "torch" in other.stderr, "anything else is built"
+
+
+CHANGES = {  # of anything that a build depends on, or wrote
+    "a step": lambda home: next(home.glob("out/steps/export-kpn-*/kpn.onnx")).write_bytes(b"x"),
+    "the entry of a step": lambda home: next(home.glob("out/steps/report-*/step.json")).write_text("{}"),
+    "the report": lambda home: (home / "out/report.html").write_text("x"),
+    "an artifact": lambda home: next(home.glob("out/artifacts/cpu/*.onnx")).unlink(),
+    "the calibration set": lambda home: (home / "calib_data/digits-smoke/images.npz").unlink(),
+    "the snapshot": lambda home: (home / "out/steps/unchanged.json").write_text("[]"),
+    "a result": lambda home: (
+        (home / "out/bundle-cpu/results").mkdir(parents=True),
+        (home / "out/bundle-cpu/results/result.json").write_text(""),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_any_change_is_noticed(built, change, tmp_path, monkeypatch):
+    shutil.copytree(built[0], tmp_path / "b")
+    monkeypatch.chdir(tmp_path / "b")
+    path = Path("out/steps/unchanged.json")
+    text = path.read_text().replace(str(built[0]), str(tmp_path / "b"))  # the copy is in another folder
+    path.write_text(text)
+    request = json.loads(text)["request"]
+    assert unchanged.load_unchanged(Path("out"), request)
+    assert not unchanged.load_unchanged(Path("out"), request | {"bundles": True})
+    CHANGES[change](tmp_path / "b")
+    assert not unchanged.load_unchanged(Path("out"), request)
+
+
+def test_another_environment_is_noticed(built):
+    request = json.loads((built[0] / "out/steps/unchanged.json").read_text())["request"]
+    assert request["environment"].keys() == unchanged.environment().keys()
+    assert unchanged.load_unchanged(built[0] / "out", request)
+    for key in request["environment"]:
+        other = request | {"environment": request["environment"] | {key: "other"}}
+        assert not unchanged.load_unchanged(built[0] / "out", other)
 
 
 def test_a_report_is_written_again_from_its_json(built, tmp_path):
@@ -140,7 +202,7 @@ def test_stages_work_alone_on_files_of_any_origin(built, tmp_path):
     words = ["--model", "resnet:depth=8,width=16", "--checkpoint", weights, "--images", calib, "--classes", "10"]
     edgekd("export", *words, "-o", "again.onnx", cwd=tmp_path)
     done = edgekd("bench", "again.onnx", "q.onnx", "--target", "cpu", "--smoke", "--json", cwd=tmp_path)
-    assert [m["contestant"]["name"] for m in json.loads(done.stdout)["measurements"]] == ["again.onnx", "q.onnx"]
+    assert [m["model"]["name"] for m in json.loads(done.stdout)["measurements"]] == ["again.onnx", "q.onnx"]
 
 
 @pytest.mark.parametrize(
@@ -186,11 +248,18 @@ def test_list_and_doctor_speak_to_machines_too(tmp_path):
 def test_gates_decide_the_exit_code(tmp_path):
     small = ["--set", "images_per_class=60", "--set", "teacher.epochs=2", "--set", "student.epochs=2"]
     small += ["--set", "student.method={use: kd}", "--set", "student.baselines=[]"]
-    quick = ["--set", "bench.blocks=4", "--set", "bench.metrics=[top1, agreement, p50_ms]", "--set", "calib.images=16"]
+    quick = [
+        "--set",
+        "bench.rounds=4",
+        "--set",
+        "bench.metrics=[top1, agreement, p50_ms]",
+        "--set",
+        "calibration.images=16",
+    ]
     gates = {
-        0: "[{measure: macs, at_most: 1e12}]",
-        3: "[{measure: macs, at_most: 1e12}, {measure: top1, at_least: 100.1}]",
-        4: "[{measure: macs, at_most: 1e12}, {measure: macs, at_most: 1, target: jetson}]",
+        0: "[{metric: macs, max: 1e12}]",
+        3: "[{metric: macs, max: 1e12}, {metric: top1, min: 100.1}]",
+        4: "[{metric: macs, max: 1e12}, {metric: macs, max: 1, target: jetson}]",
     }
     for code, asked in gates.items():
         words = ["build", "digits", *small, *quick, "--set", f"gates={asked}", "--out", "run", "--json", "-t", "cpu"]
@@ -215,7 +284,7 @@ def sent(built, tmp_path):
 
 def ships(out):
     """The file for the CPU: INT8, or FP32 where that was measurably faster."""
-    (path,) = (out / "ships" / "cpu").iterdir()
+    (path,) = (out / "artifacts" / "cpu").iterdir()
     return path
 
 
@@ -254,7 +323,7 @@ def test_what_ships_is_the_measured_file_with_the_hash_of_the_manifest(built):
     shipped, measured = onnx.load(path), onnx.load(next(out.glob(f"steps/*-kpn-*/{name}")))
     added = {p.key: p.value for p in shipped.metadata_props if p not in measured.metadata_props}
     assert added == {"edgekd.manifest": manifest["sha256"]} and shipped.graph == measured.graph
-    origins = manifest["provenance"]["origins"]
+    origins = manifest["provenance"]["sources"]
     for name in ("train-images.npy", "test-labels.npy"):
         assert origins["data"][name] == hashlib.sha256(next(out.glob(f"steps/data-*/{name}")).read_bytes()).hexdigest()
 
@@ -281,6 +350,6 @@ def test_what_is_no_manifest_is_refused_in_words(tmp_path, text):
 
 
 def test_what_was_put_beside_what_ships_is_found(sent):
-    shutil.copyfile(ships(sent), sent / "ships" / "cpu" / "better.onnx")
+    shutil.copyfile(ships(sent), sent / "artifacts" / "cpu" / "better.onnx")
     done = edgekd("verify", sent, cwd=sent, check=False)
-    assert done.returncode == 1 and "ships/cpu/better.onnx: was not made by this build" in done.stdout
+    assert done.returncode == 1 and "artifacts/cpu/better.onnx: was not made by this build" in done.stdout

@@ -8,15 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from edgekd.config import configured
+from edgekd.config import load_config
 from edgekd.core import plugins, serialization
 from edgekd.core.artifact import File
-from edgekd.core.dataset import SPLITS, Source
+from edgekd.core.dataset import SPLITS, Dataset
 from edgekd.core.model import Model
-from edgekd.core.quant_scheme import Dialect
+from edgekd.core.quant_scheme import QuantScheme
 from edgekd.core.target import Target
-from edgekd.stages.distill.dataset import prepare
-from edgekd.stages.quantize.calibration_set import collect
+from edgekd.stages.distill.dataset import prepare_dataset
+from edgekd.stages.quantize.calibration_set import collect_calibration_set
 from edgekd.training import checkpoint
 
 MODELS = {"python": {"function": "tests.zoo:Toy"}}  # settings that have no default
@@ -31,7 +31,7 @@ def test_every_plugin_says_what_it_is(folder, name):
 
 @pytest.mark.parametrize("name", plugins.names("models"))
 def test_a_family_answers_logits_and_survives_its_checkpoint(name, tmp_path):
-    family = serialization.load(Model, {"use": name, **MODELS.get(name, {})})
+    family = serialization.from_json(Model, {"use": name, **MODELS.get(name, {})})
     torch.manual_seed(0)
     made, again = (family.build(classes=3, channels=1).eval() for _ in range(2))
     x = torch.randn(2, 1, 8, 8)
@@ -58,7 +58,7 @@ def sources(tmp_path):
 
 @pytest.mark.parametrize("name", plugins.names("data"))
 def test_a_source_gives_three_disjoint_splits_of_all_classes(name, sources):
-    source = serialization.load(Source, {"use": name, **sources.get(name, {})})
+    source = serialization.from_json(Dataset, {"use": name, **sources.get(name, {})})
     content = source.read(None)
     splits = [getattr(content, split) for split in SPLITS]
     assert len({s.images.shape[1:] for s in splits}) == 1
@@ -78,17 +78,17 @@ def test_a_source_gives_three_disjoint_splits_of_all_classes(name, sources):
 
 
 @pytest.mark.parametrize("name", plugins.names("targets"))
-def test_a_target_has_a_dialect_and_says_what_is_missing(name):
-    target = serialization.load(Target, {"use": name})
-    assert isinstance(target.dialect, Dialect)
-    assert isinstance(target.missing(), str)
+def test_a_target_has_a_scheme_and_says_what_is_missing(name):
+    target = serialization.from_json(Target, {"use": name})
+    assert isinstance(target.scheme, QuantScheme)
+    assert isinstance(target.unavailable_reason(), str)
     assert isinstance(target.runtime, str)
 
 
 def test_the_calibration_set_that_ships_is_what_the_recipe_makes(tmp_path):
-    config = configured("digits", (), (), False)
-    task = prepare(tmp_path, config.data, None)
-    made = collect(tmp_path, task, config.calib, "digits")
+    config = load_config("digits", (), (), False)
+    task = prepare_dataset(tmp_path, config.data, None)
+    made = collect_calibration_set(tmp_path, task, config.calibration, "digits")
     shipped = Path(__file__).parent.parent / "calib_data" / "digits"
     old, new = (json.loads((home / "manifest.json").read_text()) for home in (shipped, made.manifest.path.parent))
     assert old["indices"] == new["indices"] and old["split"] == "train"

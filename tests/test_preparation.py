@@ -12,26 +12,27 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from edgekd.config import configured, on_device
+from edgekd.config import load_config, with_device_settings
 from edgekd.core.artifact import File
-from edgekd.core.quant_scheme import DIALECTS
+from edgekd.core.quant_scheme import QUANT_SCHEMES
 from edgekd.errors import ConfigError, ModelError, ParityError
 from edgekd.onnx import session
 from edgekd.pipelines import build as build_module
 from edgekd.stages.export.export import ExportConfig, export
 from edgekd.stages.quantize import preparation
-from edgekd.stages.quantize.calibration_cache import cache_file
-from edgekd.stages.quantize.channel_scaling import Extremes, scale, seams
-from edgekd.stages.quantize.equalize import equalizable, equalizing
-from edgekd.stages.quantize.preparation import extremes, prepare, prepare_file
-from edgekd.stages.quantize.quantize import convert, quantize, quantize_file, ratio_db
-from edgekd.stages.quantize.ranges import QuantizeConfig, calibrate, prepared
-from edgekd.stages.quantize.smoothquant import smoothable, smoothing
+from edgekd.stages.quantize.calibration_cache import quantize_to_cache
+from edgekd.stages.quantize.channel_scaling import ChannelRange, find_scalable_channels, scale_channels
+from edgekd.stages.quantize.equalize import equalization_factors, find_equalizable
+from edgekd.stages.quantize.preparation import channel_ranges, prepare_file, prepare_files
+from edgekd.stages.quantize.quantize import Int8Options, quantize, quantize_file, snr_db, write_int8
+from edgekd.stages.quantize.ranges import QuantizeConfig, calibrate, load_prepared
+from edgekd.stages.quantize.smoothquant import find_smoothable, smoothing_factors
 from tests.test_quant_aware import pictures
 from tests.test_quantize import foreign, noise
 
 EQUAL, SMOOTH, CORRECT = (
-    QuantizeConfig(**{key: on}) for key, on in (("equalize", True), ("smooth", 0.5), ("correct_bias", True))
+    QuantizeConfig(**{key: on})
+    for key, on in (("cross_layer_equalization", True), ("smoothquant_alpha", 0.5), ("bias_correction", True))
 )
 RANDOM = np.random.default_rng(0)
 
@@ -53,7 +54,7 @@ def constants_of(path):
 
 
 def gap(one, other, inputs):
-    want, got = (session.answers(path, inputs) for path in (one, other))
+    want, got = (session.run_model(path, inputs) for path in (one, other))
     return np.abs(want - got).max() / np.abs(want).max()
 
 
@@ -168,11 +169,15 @@ KINDS = [(Chain, 7, 20), (Vision, 4, 20), (Vision, 4, 13), (Inverted, 2, 20)]
 def test_any_factors_leave_the_function_as_it_is(made, tmp_path, build, count, opset):
     files, _, images = made(build, opset)
     for source in (files.single, files.dynamic):
-        model = prepared(source.file.path)
-        factors = {seam.tensor: RANDOM.uniform(0.3, 3, seam.size) for seam in seams(model) if seam.way.limit == np.inf}
-        clipped = [seam for seam in seams(model) if seam.way.limit == 6]
+        model = load_prepared(source.file.path)
+        factors = {
+            seam.tensor: RANDOM.uniform(0.3, 3, seam.size)
+            for seam in find_scalable_channels(model)
+            if seam.path.limit == np.inf
+        }
+        clipped = [seam for seam in find_scalable_channels(model) if seam.path.limit == 6]
         assert len(factors) + len(clipped) == count
-        assert sorted(scale(model, factors)) == sorted(factors)
+        assert sorted(scale_channels(model, factors)) == sorted(factors)
         onnx.save(model, tmp_path / "scaled.onnx")
         assert gap(source.file.path, tmp_path / "scaled.onnx", images) < 1e-5
 
@@ -188,7 +193,7 @@ def test_what_more_than_one_layer_reads_or_a_curve_bends_is_no_seam(made):
             z = F.hardswish(self.b(y))
             return (self.c(z) + y).mean((2, 3))  # y is read twice, z is bent
 
-    assert not list(seams(onnx.load(made(Bent)[0].single.file.path)))
+    assert not list(find_scalable_channels(onnx.load(made(Bent)[0].single.file.path)))
 
 
 def test_a_constant_that_others_use_is_copied(tmp_path):
@@ -200,7 +205,7 @@ def test_a_constant_that_others_use_is_copied(tmp_path):
     constants = {"w": RANDOM.standard_normal((2, 2, 1, 1), np.float32), "b": RANDOM.standard_normal(2, np.float32)}
     path = saved(tmp_path / "tied.onnx", nodes, constants, (2, 4, 4), (2, 4, 4))
     model = onnx.load(path)
-    scale(model, {"c": np.array([2.0, 0.5])})
+    scale_channels(model, {"c": np.array([2.0, 0.5])})
     onnx.save(model, tmp_path / "scaled.onnx")
     assert gap(path, tmp_path / "scaled.onnx", noise(4, (2, 4, 4))) < 1e-6
     assert np.array_equal(constants_of(tmp_path / "scaled.onnx")["w"], constants["w"])  # the last layer's
@@ -230,10 +235,10 @@ def test_two_layers_by_hand(tmp_path):
 
 def test_a_depthwise_convolution_and_its_neighbours_end_with_equal_ranges(made):
     model = onnx.load(made(Inverted)[0].dynamic.file.path)
-    found = equalizable(model)
+    found = find_equalizable(model)
     one, two = (seam.tensor for seam in found)
-    small = Extremes(np.zeros(12), np.array([1.0] + [1e-9] * 11))  # the first channel may not grow
-    scale(model, equalizing(model, found, dict.fromkeys((one, two), small)))
+    small = ChannelRange(np.zeros(12), np.array([1.0] + [1e-9] * 11))  # the first channel may not grow
+    scale_channels(model, equalization_factors(model, found, dict.fromkeys((one, two), small)))
     weights = {t.name: np.abs(numpy_helper.to_array(t)) for t in model.graph.initializer}
     expand, spatial = weights["expand.weight"].max((1, 2, 3)), weights["spatial.weight"].max((1, 2, 3))
     project = weights["project.weight"].max((0, 2, 3))
@@ -245,9 +250,9 @@ def test_a_depthwise_convolution_and_its_neighbours_end_with_equal_ranges(made):
 def test_no_channel_outgrows_its_tensor_and_one_that_a_clip_cuts_keeps_its_scale(made, tmp_path):
     files, images, inputs = made(Inverted)
     model = onnx.load(files.dynamic.file.path)
-    axes = {seam.tensor: seam.maker.axis for seam in seams(model)}
-    before = extremes(model, axes, inputs)
-    after = extremes(onnx.load(prepare(tmp_path, files, images, EQUAL).dynamic.file.path), axes, inputs)
+    axes = {seam.tensor: seam.producer.axis for seam in find_scalable_channels(model)}
+    before = channel_ranges(model, axes, inputs)
+    after = channel_ranges(onnx.load(prepare_files(tmp_path, files, images, EQUAL).dynamic.file.path), axes, inputs)
     cut = np.concatenate([one.highest >= 6 for one in before.values()])
     assert 0 < cut.sum() < len(cut)
     for tensor in axes:
@@ -260,8 +265,8 @@ def test_no_channel_outgrows_its_tensor_and_one_that_a_clip_cuts_keeps_its_scale
 @pytest.mark.parametrize("build", [Chain, Vision])
 def test_prepared_files_answer_as_before_and_keep_their_form(made, tmp_path, build):
     files, images, inputs = made(build)
-    config = replace(EQUAL, smooth=0.5)
-    found = prepare(tmp_path, files, images, config)
+    config = replace(EQUAL, smoothquant_alpha=0.5)
+    found = prepare_files(tmp_path, files, images, config)
     for old, new in ((files.single, found.single), (files.dynamic, found.dynamic)):
         assert (new.name, new.input, new.opset, new.ir, new.macs) == (old.name, old.input, old.opset, old.ir, old.macs)
         assert new.file.sha256 != old.file.sha256
@@ -273,18 +278,20 @@ def test_prepared_files_answer_as_before_and_keep_their_form(made, tmp_path, bui
 def test_one_scale_for_a_whole_weight_is_enough_after_equalization(made, tmp_path):
     files, _, inputs = made(Inverted)
     for name in ("ort-x86", "tensorrt"):
-        want, ratios = session.answers(files.dynamic.file.path, pictures(64, 5)), []
+        want, ratios = session.run_model(files.dynamic.file.path, pictures(64, 5)), []
         for equalize in (False, True):
-            config = QuantizeConfig(per_channel=False, equalize=equalize)
-            quantize_file(files.dynamic.file.path, tmp_path / "q.onnx", inputs, DIALECTS[name], config)
-            ratios.append(ratio_db(want, session.answers(tmp_path / "q.onnx", pictures(64, 5))))
+            config = QuantizeConfig(per_channel=False, cross_layer_equalization=equalize)
+            quantize_file(files.dynamic.file.path, tmp_path / "q.onnx", inputs, QUANT_SCHEMES[name], config)
+            ratios.append(snr_db(want, session.run_model(tmp_path / "q.onnx", pictures(64, 5))))
         assert ratios[1] > ratios[0] + 6
 
 
 def test_files_of_other_exporters_are_equalized_too(tmp_path, caplog):
     caplog.set_level(logging.INFO, "edgekd")
     path = foreign(tmp_path / "foreign.onnx")  # nodes without names, an unfolded BatchNorm, a Constant node
-    made = quantize_file(path, tmp_path / "q.onnx", noise(), DIALECTS["ort-x86"], replace(EQUAL, correct_bias=True))
+    made = quantize_file(
+        path, tmp_path / "q.onnx", noise(), QUANT_SCHEMES["ort-x86"], replace(EQUAL, bias_correction=True)
+    )
     assert made.precision == "int8" and made.name == "q" and made.opset == 13
     assert "equalized: 1 tensor" in caplog.text and "biases corrected in 2 of 2 layers" in caplog.text
     assert [file.name for file in tmp_path.iterdir() if file.suffix == ".onnx"].count("q.onnx") == 1
@@ -296,16 +303,16 @@ def test_files_of_other_exporters_are_equalized_too(tmp_path, caplog):
 def test_smoothing_is_the_formula_of_the_paper(made):
     files, _, inputs = made(Vision)
     model = onnx.load(files.dynamic.file.path)
-    found = smoothable(model)
-    seen = extremes(model, {seam.way.taken: seam.way.axis for seam in found}, inputs)
-    factors = smoothing(model, found, seen, 0.7)
+    found = find_smoothable(model)
+    seen = channel_ranges(model, {seam.path.end: seam.path.axis for seam in found}, inputs)
+    factors = smoothing_factors(model, found, seen, 0.7)
     torch.manual_seed(0)
     network = Vision()
     with torch.no_grad():
         x = network.patches(torch.from_numpy(inputs)).flatten(2).transpose(1, 2)
         first, second = network.blocks
         apart = second.before(first(x))
-        (tensor,) = [seam.tensor for seam in found if len(seam.way.takers) == 3]
+        (tensor,) = [seam.tensor for seam in found if len(seam.path.consumers) == 3]
         weights = torch.cat([second.q.weight, second.k.weight, second.v.weight]).abs().amax(0)
         want = apart.abs().amax((0, 1)) ** 0.7 / weights**0.3
     np.testing.assert_allclose(factors[tensor], want.numpy(), rtol=1e-4)
@@ -316,11 +323,11 @@ def test_smoothing_is_the_formula_of_the_paper(made):
 def test_smoothing_a_transformer_with_outliers_gives_back_what_int8_lost(made, tmp_path, name, per_channel):
     files, images, _ = made(Vision)
     fresh, ratios = pictures(64, 3), []
-    want = session.answers(files.dynamic.file.path, fresh)
+    want = session.run_model(files.dynamic.file.path, fresh)
     for alpha in (0.0, 0.5):
-        config = QuantizeConfig(smooth=alpha, per_channel=per_channel)
-        int8 = quantize(tmp_path, files, images, DIALECTS[name], config)
-        ratios.append(ratio_db(want, session.answers(int8.dynamic.file.path, fresh)))
+        config = QuantizeConfig(smoothquant_alpha=alpha, per_channel=per_channel)
+        int8 = quantize(tmp_path, files, images, QUANT_SCHEMES[name], config)
+        ratios.append(snr_db(want, session.run_model(int8.dynamic.file.path, fresh)))
         assert gap(int8.single.file.path, int8.dynamic.file.path, fresh) < 0.1  # a step of INT8 here and there
     assert ratios[1] > ratios[0] + 3
 
@@ -334,9 +341,9 @@ def test_channels_that_are_always_0_or_that_no_weight_takes_keep_their_scale(tmp
     constants = {"g": np.array([2, 1, 0], np.float32), "b": np.zeros(3, np.float32), "w": weight}
     path = saved(tmp_path / "n.onnx", nodes, constants, (4, 3), (4, 2))
     model, inputs = onnx.load(path), noise(8, (4, 3))
-    found = smoothable(model)
-    (factors,) = smoothing(model, found, extremes(model, {"n": -1}, inputs), 0.5).values()
-    normal = session.answers(path, inputs)  # of channel 0 alone: y_0 = n_0
+    found = find_smoothable(model)
+    (factors,) = smoothing_factors(model, found, channel_ranges(model, {"n": -1}, inputs), 0.5).values()
+    normal = session.run_model(path, inputs)  # of channel 0 alone: y_0 = n_0
     np.testing.assert_allclose(factors, [np.sqrt(np.abs(normal[..., 0]).max() / 2), 1, 1], rtol=1e-5)
 
 
@@ -373,9 +380,9 @@ def test_corrected_biases_by_hand(tmp_path, stride, pad, groups, name, per_chann
     step = np.abs(weight).max((1, 2, 3) if per_channel else None, keepdims=True) / 127
     error = np.rint(weight / step) * step - weight
     want = bias - np.mean([convolved(x, error, stride, pad, groups) for x in inputs], axis=(0, 2, 3))
-    dialect = replace(DIALECTS[name], per_channel=per_channel)
+    scheme = replace(QUANT_SCHEMES[name], per_channel=per_channel)
     ranges = calibrate(path, inputs, QuantizeConfig())
-    convert(path, tmp_path / "q.onnx", inputs, dialect, ranges, correct_bias=True)
+    write_int8(path, tmp_path / "q.onnx", inputs, ranges, Int8Options(scheme, bias_correction=True))
     made = constants_of(tmp_path / "q.onnx")
     got = made["b"] if "b" in made else made["b_quantized"] * made["b_quantized_scale"]
     np.testing.assert_allclose(got, want, atol=0 if "b" in made else made["b_quantized_scale"].max(), rtol=1e-4)
@@ -387,8 +394,8 @@ def test_the_mean_of_every_layer_is_that_of_fp32_again(made, tmp_path):
     files, _, inputs = made(Chain)
     path = files.dynamic.file.path
     ranges = calibrate(path, inputs, QuantizeConfig())
-    dialect = replace(DIALECTS["tensorrt"], per_channel=False)
-    convert(path, tmp_path / "q.onnx", inputs, dialect, ranges, files.single.macs, correct_bias=True)
+    scheme = replace(QUANT_SCHEMES["tensorrt"], per_channel=False)
+    write_int8(path, tmp_path / "q.onnx", inputs, ranges, Int8Options(scheme, bias_correction=True), files.single.macs)
     fp32, int8 = constants_of(path), constants_of(tmp_path / "q.onnx")
     first = torch.from_numpy(inputs)
     weight = int8["first.weight"]
@@ -413,7 +420,7 @@ def test_a_product_without_a_bias_is_left_alone(tmp_path, caplog):
     ]
     constants = {"w": RANDOM.standard_normal((6, 5), np.float32), "w2": RANDOM.standard_normal((5, 3), np.float32)}
     path = saved(tmp_path / "m.onnx", nodes, constants | {"b": np.zeros(3, np.float32)}, (4, 6), (4, 3))
-    quantize_file(path, tmp_path / "q.onnx", noise(8, (4, 6)), DIALECTS["tensorrt"], CORRECT)
+    quantize_file(path, tmp_path / "q.onnx", noise(8, (4, 6)), QUANT_SCHEMES["tensorrt"], CORRECT)
     assert "biases corrected in 1 of 2 layers" in caplog.text
 
 
@@ -424,40 +431,40 @@ def test_switches_that_find_nothing_say_so(tmp_path, caplog):
     caplog.set_level(logging.INFO, "edgekd")
     nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
     path = saved(tmp_path / "one.onnx", nodes, {"w": RANDOM.standard_normal((6, 5), np.float32)}, (4, 6), (4, 5))
-    config = QuantizeConfig(equalize=True, smooth=0.5, correct_bias=True)
-    quantize_file(path, tmp_path / "q.onnx", noise(8, (4, 6)), DIALECTS["ort-x86"], config)
+    config = QuantizeConfig(cross_layer_equalization=True, smoothquant_alpha=0.5, bias_correction=True)
+    quantize_file(path, tmp_path / "q.onnx", noise(8, (4, 6)), QUANT_SCHEMES["ort-x86"], config)
     assert "equalized: nothing to do" in caplog.text and "smoothed: nothing to do" in caplog.text
     assert "biases corrected in 0 of 1 layers" in caplog.text
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.0, float("nan")])
 def test_refuses_an_alpha_out_of_range(alpha):
-    with pytest.raises(ConfigError, match="smooth is"):
-        QuantizeConfig(smooth=alpha)
+    with pytest.raises(ConfigError, match="smoothquant_alpha is"):
+        QuantizeConfig(smoothquant_alpha=alpha)
 
 
 @pytest.mark.parametrize("config", [EQUAL, SMOOTH, CORRECT, QuantizeConfig(per_channel=True)])
 def test_a_calibration_cache_refuses_what_would_change_its_network(made, tmp_path, config):
     files, _, inputs = made(Inverted)
     with pytest.raises(ConfigError, match="leaves the network as it is"):
-        cache_file(files.single.file.path, tmp_path / "n.cache", inputs, "8.5.2", config)
-    small = replace(configured("digits", (), ("jetson",), True), quantize=config)
+        quantize_to_cache(files.single.file.path, tmp_path / "n.cache", inputs, "8.5.2", config)
+    small = replace(load_config("digits", (), ("jetson",), True), quantize=config)
     with pytest.raises(ConfigError, match="leaves the network as it is"):
-        on_device(small, jetpack="5.1", board="xavier-nx", dla=True)
+        with_device_settings(small, jetpack="5.1", board="xavier-nx", dla=True)
 
 
 def test_learnt_ranges_refuse_what_would_change_their_network():
-    sets = ("student.method={use: quant_aware, base: {use: kd}}", "quantize.equalize=true")
+    sets = ("student.method={use: quant_aware, base: {use: kd}}", "quantize.cross_layer_equalization=true")
     with pytest.raises(ConfigError, match="ranges that the method learns belong to the weights"):
-        configured("digits", sets, ("cpu",), True)
-    per_tensor = configured("digits", (sets[0], "quantize.per_channel=false"), ("cpu",), True)
+        load_config("digits", sets, ("cpu",), True)
+    per_tensor = load_config("digits", (sets[0], "quantize.per_channel=false"), ("cpu",), True)
     assert per_tensor.quantize.per_channel is False
 
 
 def test_answers_that_move_are_refused(made, tmp_path, monkeypatch):
     files, _, inputs = made(Inverted)
     monkeypatch.setattr(preparation, "TOLERANCE", -1.0)
-    with pytest.raises(ParityError, match="the answers of `student.onnx` move by"):
+    with pytest.raises(ParityError, match="the outputs of `student.onnx` move by"):
         prepare_file(files.single.file.path, tmp_path / "p.onnx", inputs, EQUAL)
 
 
@@ -465,8 +472,8 @@ def test_answers_that_move_are_refused(made, tmp_path, monkeypatch):
 
 
 def test_a_build_makes_int8_of_the_prepared_network_and_measures_the_exported_one(tmp_path):
-    switches = ("quantize.equalize=true", "quantize.correct_bias=true", "quantize.per_channel=false")
-    config = configured(
+    switches = ("quantize.cross_layer_equalization=true", "quantize.bias_correction=true", "quantize.per_channel=false")
+    config = load_config(
         "digits", ("student.method={use: supervised}", "student.baselines=[]", *switches), ("cpu",), True
     )
     record = build_module.build(config, tmp_path / "out", tmp_path / "calib", "edgekd")
@@ -474,7 +481,7 @@ def test_a_build_makes_int8_of_the_prepared_network_and_measures_the_exported_on
     (suited,) = steps.glob("prepare-int8-supervised-*")
     (fp32,) = steps.glob("export-supervised-*")
     (int8,) = steps.glob("quantize-supervised-cpu-*")
-    shas = {m.contestant.name: m.contestant.file.sha256 for m in record.benches[0].measurements}
+    shas = {m.model.name: m.model.file.sha256 for m in record.benches[0].measurements}
     assert (
         shas["supervised fp32"]
         == File.of(fp32 / "supervised.onnx").sha256
@@ -483,7 +490,7 @@ def test_a_build_makes_int8_of_the_prepared_network_and_measures_the_exported_on
     assert shas["supervised int8"] == File.of(int8 / "supervised-int8.onnx").sha256
     scales = [a for n, a in constants_of(int8 / "supervised-int8.onnx").items() if n.endswith("weight_scale")]
     assert scales and all(a.size == 1 for a in scales)
-    inputs = np.load(next(steps.glob("exam-*/inputs.npy")))
+    inputs = np.load(next(steps.glob("test-inputs-*/inputs.npy")))
     assert gap(fp32 / "supervised.onnx", suited / "supervised.onnx", inputs) < 1e-4
 
 
@@ -502,7 +509,7 @@ def test_what_is_added_to_rows_is_no_bias(tmp_path):
     rows = {"b": RANDOM.normal(0, 1, (4, 1)).astype(np.float32)}
     path = product(tmp_path / "net.onnx", rows, helper.make_node("Add", ["p", "b"], ["y"]))
     inputs = RANDOM.normal(0, 1, (32, 4, 4)).astype(np.float32)
-    quantize_file(path, tmp_path / "int8.onnx", inputs, DIALECTS["tensorrt"], CORRECT)
+    quantize_file(path, tmp_path / "int8.onnx", inputs, QUANT_SCHEMES["tensorrt"], CORRECT)
     assert gap(path, tmp_path / "int8.onnx", inputs) < 0.05
 
 
@@ -512,8 +519,8 @@ def test_a_float_layer_keeps_its_bias_where_it_shares_its_weight(tmp_path):
     first = [helper.make_node("Add", ["p", "b"], ["a"]), helper.make_node("Relu", ["a"], ["r"])]
     path = product(tmp_path / "net.onnx", biases, *first, *again)
     inputs = RANDOM.normal(0, 1, (32, 4, 4)).astype(np.float32)
-    asked = QuantizeConfig(correct_bias=True, floats=("last",))
-    quantize_file(path, tmp_path / "int8.onnx", inputs, DIALECTS["tensorrt"], asked)
+    asked = QuantizeConfig(bias_correction=True, keep_float=("last",))
+    quantize_file(path, tmp_path / "int8.onnx", inputs, QUANT_SCHEMES["tensorrt"], asked)
     found = constants_of(tmp_path / "int8.onnx")
     assert (found["c"] == biases["c"]).all() and (found["b"] != biases["b"]).any()
 
@@ -524,7 +531,7 @@ def test_a_grouped_transposed_convolution_is_quantized_without_correction(tmp_pa
     path = saved(tmp_path / "net.onnx", [node], weight, [4, 4, 4], [6, 8, 8])
     inputs = RANDOM.normal(0, 1, (16, 4, 4, 4)).astype(np.float32)
     for name in ("ort-x86", "tensorrt"):
-        quantize_file(path, tmp_path / "int8.onnx", inputs, DIALECTS[name], CORRECT)
+        quantize_file(path, tmp_path / "int8.onnx", inputs, QUANT_SCHEMES[name], CORRECT)
 
 
 def test_a_single_number_in_front_is_no_channel(tmp_path):
@@ -532,7 +539,7 @@ def test_a_single_number_in_front_is_no_channel(tmp_path):
     scaled = [helper.make_node("Mul", ["x", "two"], ["m"]), helper.make_node("Add", ["m", "minus"], ["a"])]
     path = saved(tmp_path / "n.onnx", [*scaled, helper.make_node("MatMul", ["a", "w"], ["y"])], one, [4, 4], [4, 4])
     inputs = RANDOM.normal(0, 1, (16, 4, 4)).astype(np.float32)
-    quantize_file(path, tmp_path / "int8.onnx", inputs, DIALECTS["ort-x86"], SMOOTH)
+    quantize_file(path, tmp_path / "int8.onnx", inputs, QUANT_SCHEMES["ort-x86"], SMOOTH)
 
 
 def test_weights_of_another_type_are_refused(tmp_path):
@@ -542,5 +549,5 @@ def test_weights_of_another_type_are_refused(tmp_path):
     path = saved(tmp_path / "n.onnx", [casts[0], node, casts[1]], weight, [4, 4, 4], [4, 4, 4])
     inputs = RANDOM.normal(0, 1, (16, 4, 4, 4)).astype(np.float32)
     with pytest.raises(ModelError, match="could be quantized|cannot quantize"):
-        quantize_file(path, tmp_path / "int8.onnx", inputs, DIALECTS["tensorrt"], QuantizeConfig())
+        quantize_file(path, tmp_path / "int8.onnx", inputs, QUANT_SCHEMES["tensorrt"], QuantizeConfig())
     assert not (tmp_path / "int8.onnx").exists()

@@ -14,15 +14,17 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekd.config import BuildConfig, configured
+from edgekd.config import BuildConfig, load_config
 from edgekd.core import config_file, serialization
 from edgekd.core.artifact import File
-from edgekd.core.step_cache import Ledger
+from edgekd.core.step_cache import StepCache
 from edgekd.errors import ConfigError, EdgekdError, StaleArtifact
 from edgekd.stages.device.bundle import Bundle
-from edgekd.stages.device.results import measured, taken
+from edgekd.stages.device.results import build_bench_result, load_result
 from edgekd.stages.report.report import read, report
-from edgekd.stages.report.verify import described, verify
+from edgekd.stages.report.verify import format_verification, verify
+from edgekd_runner.bundle import read_bundle
+from edgekd_runner.errors import RunnerError
 from tests import test_report, test_results
 from tests.standins import bundles
 from tests.standins.networks import network, value
@@ -31,7 +33,6 @@ from tests.test_hostile_builds import sealed
 
 SOON_S = 20.0  # for one case; they take some milliseconds on an idle core
 MORE = int(os.environ.get("EDGEKD_CASES", "1"))  # times the cases, for a long search
-runner = bundles.module()
 record, bundle = test_report.record, test_results.bundle  # fixtures
 
 
@@ -140,19 +141,19 @@ def home(tmp_path_factory):
 
 
 def test_the_recipe_that_is_spoilt_below_is_whole():
-    assert serialization.load(BuildConfig, config_file.read("digits"))
+    assert serialization.from_json(BuildConfig, config_file.read_config("digits"))
 
 
 # configurations
 
 
 @cases(140)
-@given(spoilt(config_file.read("digits")))
+@given(spoilt(config_file.read_config("digits")))
 def test_no_table_of_settings_ends_in_anything_but_a_configuration_or_a_sentence(home, table):
     (home / "c.yaml").write_text(json.dumps(table))  # which is YAML, too; tags and aliases are below
     with soon():
         try:
-            configured(str(home / "c.yaml"), (), (), False)
+            load_config(str(home / "c.yaml"), (), (), False)
         except ConfigError as error:
             assert str(error)
 
@@ -185,21 +186,21 @@ PIECES = (
 @cases(120)
 @given(st.lists(st.sampled_from(PIECES), max_size=25).map("".join), st.booleans())
 def test_no_text_ends_in_anything_but_a_table_or_a_sentence(home, text, after):
-    (home / "t.yaml").write_text((config_file.text("digits") if after else "") + text, encoding="utf-8")
+    (home / "t.yaml").write_text((config_file.config_text("digits") if after else "") + text, encoding="utf-8")
     with soon():
         try:
-            configured(str(home / "t.yaml"), (), (), False)
+            load_config(str(home / "t.yaml"), (), (), False)
         except ConfigError as error:
             assert str(error)
 
 
 @cases(40)
-@given(damaged(config_file.text("digits").encode()))
+@given(damaged(config_file.config_text("digits").encode()))
 def test_no_damage_of_a_recipe_ends_in_anything_but_a_configuration_or_a_sentence(home, content):
     (home / "d.yaml").write_bytes(content)
     with soon():
         try:
-            configured(str(home / "d.yaml"), (), (), False)
+            load_config(str(home / "d.yaml"), (), (), False)
         except ConfigError as error:
             assert str(error)
 
@@ -222,7 +223,7 @@ def test_no_manifest_of_a_build_is_more_than_a_list_of_findings(build, data):
     (build / "manifest.json").write_bytes(made)
     with soon():
         try:
-            assert described(verify(build))
+            assert format_verification(verify(build))
         except ConfigError as error:
             assert str(error)
 
@@ -244,12 +245,12 @@ def test_no_manifest_of_a_bundle_is_read_but_as_one_here_and_on_the_device(home,
         except ConfigError as error:
             assert str(error)
         try:
-            runner.read_bundle(str(place))
-        except runner.Problem as problem:
-            assert problem.error and problem.hint
+            read_bundle(str(place))
+        except RunnerError as error:
+            assert error.error and error.hint
 
 
-def stored(out):
+def stored(out) -> dict[str, tuple[File, ...]]:
     (out / "x.npy").write_bytes(b"array")
     return {"": (File.of(out / "x.npy"),)}
 
@@ -257,18 +258,17 @@ def stored(out):
 @cases(40)
 @given(st.data())
 def test_no_entry_of_a_ledger_is_more_than_what_was_made_or_a_sentence(home, data):
-    kind = dict[str, tuple[File, ...]]
     if not (home / "entry.json").exists():
-        made = Ledger(home / "steps").step("s", kind, stored)
+        made = StepCache(home / "steps").step("s", stored)
         (home / "entry.json").write_bytes((made[""][0].path.parent / "step.json").read_bytes())
     content = (home / "entry.json").read_bytes()
     spoilt_entry = data.draw(st.one_of(spoilt(json.loads(content)).map(json.dumps).map(str.encode), damaged(content)))
     next((home / "steps").glob("s-*/step.json")).write_bytes(spoilt_entry)
     with soon():
         try:
-            ledger = Ledger(home / "steps")
-            ledger.step("s", kind, stored)
-            assert ledger.latest is not None and ledger.seconds
+            cache = StepCache(home / "steps")
+            cache.step("s", stored)
+            assert cache.latest is not None and cache.seconds
         except StaleArtifact as error:
             assert str(error)
 
@@ -287,7 +287,7 @@ def test_no_result_of_a_device_becomes_anything_but_a_comparison_or_a_sentence(b
     out.mkdir(exist_ok=True)
     with soon():
         try:
-            serialization.dump(measured(out, bundle, taken(folder, bundle), test_results.HOW))
+            serialization.to_json(build_bench_result(out, bundle, load_result(folder, bundle), test_results.HOW))
         except EdgekdError as error:
             assert str(error)
 

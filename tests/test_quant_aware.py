@@ -12,23 +12,30 @@ from onnxruntime.quantization.quant_utils import compute_scale_zp
 from torch import nn
 from torch.nn import functional as F
 
-from edgekd.core.artifact import File, Learnt
-from edgekd.core.dataset import Augment
-from edgekd.core.method import Lesson, Outcome, play
-from edgekd.core.quant_scheme import DIALECTS
-from edgekd.core.tensor_fingerprint import mark, nearest
+from edgekd.core.artifact import File, LearnedRange
+from edgekd.core.augment import Augment
+from edgekd.core.method import PhaseResult, TrainingContext, run_phases
+from edgekd.core.quant_scheme import QUANT_SCHEMES
+from edgekd.core.tensor_fingerprint import compute_fingerprint, nearest_fingerprint
 from edgekd.errors import ConfigError, ModelError
 from edgekd.methods.kd import KD
 from edgekd.methods.quant_aware import QuantAware
 from edgekd.methods.supervised import Supervised
 from edgekd.onnx import session
-from edgekd.stages.distill.setup import Course, a_trainer
+from edgekd.stages.distill.setup import TrainingPlan, build_trainer
 from edgekd.stages.export.export import ExportConfig, export
-from edgekd.stages.quantize.quant_spec import learnt_ranges, marks
-from edgekd.stages.quantize.quantize import quantize_with
+from edgekd.stages.quantize.quant_spec import apply_learned_ranges, fingerprints
+from edgekd.stages.quantize.quantize import Int8Options, write_int8_files
 from edgekd.stages.quantize.ranges import QuantizeConfig, calibrate
-from edgekd.training.exported_graph import Graph
-from edgekd.training.fake_quant import Rounder, Rounding, affine, rounded_bias, rounded_weight
+from edgekd.tasks.classification import Classification
+from edgekd.training.exported_graph import ExportedGraph
+from edgekd.training.fake_quant import (
+    FakeQuantModel,
+    LearnedFakeQuant,
+    fake_quantize_bias,
+    fake_quantize_weight,
+    scale_and_zero_point,
+)
 from edgekd.training.trainer import TrainConfig
 from tests import zoo
 
@@ -75,33 +82,33 @@ def pictures(count, seed=1):
 class Delivery:
     """What a build does with a student and its learnt ranges, at another opset than the blueprint's."""
 
-    def __init__(self, folder, network, dialect, opset=13):
+    def __init__(self, folder, network, scheme, opset=13):
         folder.mkdir()
         images = pictures(32)
         np.savez(folder / "images.npz", image=images)
-        self.folder, self.images, self.dialect = folder, File.of(folder / "images.npz"), dialect
+        self.folder, self.images, self.scheme = folder, File.of(folder / "images.npz"), scheme
         self.exported = export(folder, "student", network, images, None, ExportConfig(opset=opset))
         self.calibrated = calibrate(self.exported.dynamic.file.path, images, QuantizeConfig())
 
     def quantized(self, learnt):
-        self.ranges = learnt_ranges(self.folder, self.exported, self.calibrated, learnt)
-        return quantize_with(self.folder, self.exported, self.images, self.dialect, self.ranges)
+        self.ranges = apply_learned_ranges(self.folder, self.exported, self.calibrated, learnt)
+        return write_int8_files(self.folder, self.exported, self.images, self.ranges, Int8Options(self.scheme))
 
 
 def rounding(folder, network, name):
-    dialect = DIALECTS[name]
-    return Rounding(network, zoo.drafted(folder, network, dialect, pictures(32)), torch.from_numpy(pictures(2)))
+    scheme = QUANT_SCHEMES[name]
+    return FakeQuantModel(network, zoo.drafted(folder, network, scheme, pictures(32)), torch.from_numpy(pictures(2)))
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("bounds", RANGES)
 def test_scale_and_zero_point_are_those_of_onnxruntime(name, bounds):
-    dialect = DIALECTS[name]
+    scheme = QUANT_SCHEMES[name]
     first, last = {"ort-x86": (0, 255), "ort-arm": (-128, 127), "tensorrt": (-127, 127)}[name]
     kind = np.uint8 if first == 0 else np.int8
     ends = [np.array(end, np.float32) for end in bounds]
-    zero, scale = compute_scale_zp(*ends, kind(first), kind(last), dialect.symmetric_activation)
-    got, point = affine(*(torch.tensor(end) for end in ends), dialect)
+    zero, scale = compute_scale_zp(*ends, kind(first), kind(last), scheme.symmetric_activation)
+    got, point = scale_and_zero_point(*(torch.tensor(end) for end in ends), scheme)
     assert got.dtype == torch.float32 and got.item() == scale.item()
     assert point.item() == zero.item()
 
@@ -128,9 +135,9 @@ def no_ties(x, scale, distance=1e-3):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("bounds", RANGES[:4])
 def test_a_rounder_computes_what_onnxruntime_computes(name, bounds):
-    rounder = Rounder(*bounds, DIALECTS[name], -np.inf, np.inf)
+    rounder = LearnedFakeQuant(*bounds, QUANT_SCHEMES[name], -np.inf, np.inf)
     low, high = rounder.bounds()
-    scale, zero = (t.detach().numpy() for t in affine(low, high, DIALECTS[name]))
+    scale, zero = (t.detach().numpy() for t in scale_and_zero_point(low, high, QUANT_SCHEMES[name]))
     x = no_ties(np.random.default_rng(0).normal(0, 4, (5000,)).astype(np.float32), scale)[None]
     want = in_onnxruntime(x, scale, zero, np.uint8 if name == "ort-x86" else np.int8)
     got = rounder(torch.from_numpy(x)).detach().numpy()
@@ -138,16 +145,16 @@ def test_a_rounder_computes_what_onnxruntime_computes(name, bounds):
 
 
 def test_ends_begin_at_the_calibrated_range_and_an_end_at_zero_stays():
-    rounder = Rounder(-1.5, 2.5, DIALECTS["ort-x86"], -np.inf, np.inf)
+    rounder = LearnedFakeQuant(-1.5, 2.5, QUANT_SCHEMES["ort-x86"], -np.inf, np.inf)
     assert [end.item() for end in rounder.bounds()] == pytest.approx([-1.5, 2.5])
-    rectified = Rounder(0.0, 2.5, DIALECTS["ort-x86"], -np.inf, np.inf)
+    rectified = LearnedFakeQuant(0.0, 2.5, QUANT_SCHEMES["ort-x86"], -np.inf, np.inf)
     assert len(list(rectified.parameters())) == 1
     rectified.high.data.mul_(3)
     assert rectified.bounds()[0] == 0
 
 
 def test_a_range_does_not_leave_the_clip_before_it():
-    rounder = Rounder(0.0, 6.0, DIALECTS["ort-x86"], 0.0, 6.0)
+    rounder = LearnedFakeQuant(0.0, 6.0, QUANT_SCHEMES["ort-x86"], 0.0, 6.0)
     rounder.high.data.mul_(2)
     assert rounder.bounds()[1] == 6
 
@@ -162,13 +169,13 @@ def gradients(rounder, x):
 @pytest.mark.parametrize("name", ["ort-x86", "ort-arm"])
 def test_beyond_the_ends_an_answer_moves_with_its_end(name):
     x = torch.tensor([[5.0, 6.0, 7.0, -4.0, -9.0]])  # three above, two below, none between
-    found = gradients(Rounder(-1.0, 2.0, DIALECTS[name], -np.inf, np.inf), x)
+    found = gradients(LearnedFakeQuant(-1.0, 2.0, QUANT_SCHEMES[name], -np.inf, np.inf), x)
     assert found == pytest.approx({"high": 3, "low": 2}, rel=1e-2)  # but for the rounding of the zero point
 
 
 def test_between_the_ends_the_step_has_the_gradient_of_lsq():
     x = torch.tensor([[0.3, 1.1, 1.9]])
-    rounder = Rounder(0.0, 2.0, DIALECTS["ort-x86"], -np.inf, np.inf)
+    rounder = LearnedFakeQuant(0.0, 2.0, QUANT_SCHEMES["ort-x86"], -np.inf, np.inf)
     scale = 2 / 255
     want = sum(round(v / scale) - v / scale for v in (0.3, 1.1, 1.9)) / 255
     assert gradients(rounder, x)["high"] == pytest.approx(want, abs=1e-5)
@@ -177,7 +184,7 @@ def test_between_the_ends_the_step_has_the_gradient_of_lsq():
 def test_a_numeric_derivative_agrees_where_there_is_one():
     """Symmetric ranges: above the end the answer is 127 steps, linear in the range."""
     x = torch.tensor([[50.0, 60.0]])
-    rounder = Rounder(-3.0, 3.0, DIALECTS["tensorrt"], -np.inf, np.inf)
+    rounder = LearnedFakeQuant(-3.0, 3.0, QUANT_SCHEMES["tensorrt"], -np.inf, np.inf)
     found = gradients(rounder, x)["high"]
     with torch.no_grad():
         rounder.high.mul_(1.01)
@@ -189,14 +196,14 @@ def test_a_numeric_derivative_agrees_where_there_is_one():
 
 def test_gradients_pass_to_what_is_rounded_and_not_to_what_is_cut_off():
     x = torch.tensor([[-0.5, 0.5, 1.5, 2.5]], requires_grad=True)
-    Rounder(0.0, 2.0, DIALECTS["ort-x86"], -np.inf, np.inf)(x).sum().backward()
+    LearnedFakeQuant(0.0, 2.0, QUANT_SCHEMES["ort-x86"], -np.inf, np.inf)(x).sum().backward()
     assert x.grad.tolist() == [[0, 1, 1, 0]]
 
 
 @pytest.mark.parametrize("axis", [None, 0, 1])
 @pytest.mark.parametrize("reduced", [False, True])
 def test_weights_are_rounded_by_their_largest_magnitude(axis, reduced):
-    dialect = dataclasses.replace(DIALECTS["ort-x86"], reduce_range=reduced)
+    scheme = dataclasses.replace(QUANT_SCHEMES["ort-x86"], reduce_range=reduced)
     weight = np.random.default_rng(0).normal(0, 1, (6, 5, 3, 3)).astype(np.float32)
     weight[2] = 0 if axis == 0 else weight[2]
     others = tuple(i for i in range(4) if i != axis)
@@ -204,7 +211,7 @@ def test_weights_are_rounded_by_their_largest_magnitude(axis, reduced):
     largest = np.abs(weight).max(others, keepdims=True)
     scale = np.where(largest == 0, 1, largest / limit)
     want = np.round(weight / scale) * scale
-    got, scales = rounded_weight(torch.from_numpy(weight), axis, dialect)
+    got, scales = fake_quantize_weight(torch.from_numpy(weight), axis, scheme)
     near_tie = np.abs(np.abs(weight / scale) % 1 - 0.5) < 1e-3
     np.testing.assert_allclose(np.where(near_tie, 0, got), np.where(near_tie, 0, want), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(scales, scale.ravel(), rtol=1e-6)
@@ -212,7 +219,7 @@ def test_weights_are_rounded_by_their_largest_magnitude(axis, reduced):
 
 def test_a_bias_is_whole_numbers_of_both_scales():
     bias = torch.tensor([0.5, -0.26], requires_grad=True)
-    made = rounded_bias(bias, torch.tensor([0.2, 0.1]))
+    made = fake_quantize_bias(bias, torch.tensor([0.2, 0.1]))
     assert made.tolist() == pytest.approx([0.4, -0.3])
     made.sum().backward()
     assert bias.grad.tolist() == [1, 1]
@@ -221,9 +228,9 @@ def test_a_bias_is_whole_numbers_of_both_scales():
 def test_a_graph_answers_as_the_network_with_its_batchnorms_folded():
     network = settled_network(Foreign)
     x = torch.from_numpy(pictures(5)).contiguous(memory_format=torch.channels_last)
-    graph = Graph(network, x[:2])
+    graph = ExportedGraph(network, x[:2])
     assert graph.folds
-    torch.testing.assert_close(graph.run(x)[graph.answer], network(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(graph.run(x)[graph.output], network(x), rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_reach_the_networks_own_parameters_and_leave_its_statistics(tmp_path):
@@ -233,7 +240,7 @@ def test_gradients_reach_the_networks_own_parameters_and_leave_its_statistics(tm
     network.train()
     quantized(torch.from_numpy(pictures(8))).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
-    assert all(p.grad is not None for p in quantized.rounders.parameters())
+    assert all(p.grad is not None for p in quantized.quantizers.parameters())
     assert all(torch.equal(before[name], buffer) for name, buffer in network.named_buffers())
 
 
@@ -244,10 +251,10 @@ def pair(request, tmp_path_factory):
     folder, network = tmp_path_factory.mktemp("pair"), settled_network(build)
     quantized = rounding(folder / "draft", network, name)
     with torch.no_grad():
-        for number, rounder in quantized.rounders.items():
+        for number, rounder in quantized.quantizers.items():
             rounder.high.mul_(0.9 + 0.001 * int(number))
-    delivery = Delivery(folder / "out", network, DIALECTS[name])
-    return name, network, quantized, delivery.quantized(quantized.learnt())
+    delivery = Delivery(folder / "out", network, QUANT_SCHEMES[name])
+    return name, network, quantized, delivery.quantized(quantized.learned_ranges())
 
 
 def test_the_int8_file_answers_as_the_rounded_network(pair):
@@ -260,7 +267,7 @@ def test_the_int8_file_answers_as_the_rounded_network(pair):
     step = np.abs(want).max() / 127
     runs = (False,) if name == "tensorrt" else (False, True)  # of that form onnxruntime makes another one
     for optimised in runs:
-        got = session.answers(file, images, optimised)
+        got = session.run_model(file, images, optimised)
         assert (got.argmax(1) == want.argmax(1)).mean() >= 0.995
         assert np.abs(got - want).mean() < 0.05 * step
     plain = network(torch.from_numpy(images)).detach().numpy()
@@ -269,7 +276,10 @@ def test_the_int8_file_answers_as_the_rounded_network(pair):
 
 def test_learnt_scales_arrive_in_the_file_bit_for_bit(pair):
     name, _, quantized, files = pair
-    wanted = {affine(*rounder.bounds(), DIALECTS[name])[0].item() for rounder in quantized.rounders.values()}
+    wanted = {
+        scale_and_zero_point(*rounder.bounds(), QUANT_SCHEMES[name])[0].item()
+        for rounder in quantized.quantizers.values()
+    }
     for model in (files.single, files.dynamic):
         graph = onnx.load(model.file.path).graph
         constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
@@ -283,62 +293,66 @@ def test_learnt_scales_arrive_in_the_file_bit_for_bit(pair):
 
 def test_ranges_without_a_learnt_one_stay_calibrated(tmp_path):
     network = settled_network(zoo.Toy)
-    delivery = Delivery(tmp_path / "out", network, DIALECTS["ort-x86"])
-    known = marks(delivery.exported.dynamic.file.path)
-    one = Learnt(known["image"], -1.5, 1.25)
-    made = learnt_ranges(tmp_path, delivery.exported, delivery.calibrated, [one])
+    delivery = Delivery(tmp_path / "out", network, QUANT_SCHEMES["ort-x86"])
+    known = fingerprints(delivery.exported.dynamic.file.path)
+    one = LearnedRange(known["image"], -1.5, 1.25)
+    made = apply_learned_ranges(tmp_path, delivery.exported, delivery.calibrated, [one])
     assert made.bounds == delivery.calibrated.bounds | {"image": (-1.5, 1.25)}
 
 
 def test_ranges_of_another_network_are_refused(tmp_path):
     network = settled_network(zoo.Toy)
-    learnt = rounding(tmp_path / "draft", network, "ort-x86").learnt()
+    learnt = rounding(tmp_path / "draft", network, "ort-x86").learned_ranges()
     other = settled_network(zoo.Toy, seed=5)
-    delivery = Delivery(tmp_path / "out", other, DIALECTS["ort-x86"])
-    with pytest.raises(ModelError, match="has no tensor for .* ranges that were learnt") as caught:
+    delivery = Delivery(tmp_path / "out", other, QUANT_SCHEMES["ort-x86"])
+    with pytest.raises(ModelError, match="has no tensor for .* ranges that were learned") as caught:
         delivery.quantized(learnt)
     assert "export the weights" in caught.value.hint
 
 
 def test_a_mark_is_the_same_in_any_order_and_tells_others_apart():
     values = np.random.default_rng(0).normal(0, 1, (4, 3, 5, 5)).astype(np.float32)
-    own = mark(values)
-    assert mark(values.transpose(0, 2, 3, 1).ravel()) == pytest.approx(own)
-    assert nearest(own, [mark(values * 1.01), mark(values + 1e-6)]) == 1
-    assert nearest(own, [mark(values * 1.01)]) is None
-    assert nearest(own, []) is None
+    own = compute_fingerprint(values)
+    assert compute_fingerprint(values.transpose(0, 2, 3, 1).ravel()) == pytest.approx(own)
+    assert nearest_fingerprint(own, [compute_fingerprint(values * 1.01), compute_fingerprint(values + 1e-6)]) == 1
+    assert nearest_fingerprint(own, [compute_fingerprint(values * 1.01)]) is None
+    assert nearest_fingerprint(own, []) is None
 
 
-def a_lesson(tmp_path, **settings):
+def a_context(tmp_path, **settings):
     student, teacher = zoo.Toy(2), zoo.Toy(4).eval()
-    course = Course(5, TrainConfig(batch=16, precision="fp32"), Augment(), seed=0)
-    trainer = a_trainer(zoo.blobs_task(tmp_path / "data"), course, torch.device("cpu"))
-    return Lesson(student, (teacher,), 5, zoo.CLASSES, trainer.sample, **settings)
+    course = TrainingPlan(5, TrainConfig(batch=16, precision="fp32"), Augment(), seed=0)
+    trainer = build_trainer(zoo.blobs_dataset(tmp_path / "data"), course, torch.device("cpu"))
+    return TrainingContext(student, (teacher,), 5, zoo.CLASSES, trainer.first_batches, Classification(), **settings)
 
 
 def test_the_last_share_of_the_budget_is_the_rounded_students(tmp_path):
-    lesson = a_lesson(tmp_path, blueprint=lambda network: zoo.drafted(tmp_path / "draft", network))
+    ctx = a_context(tmp_path, quant_spec=lambda network: zoo.drafted(tmp_path / "draft", network))
     phases = []
 
     def run(phase):
         phases.append(phase)
         with torch.no_grad():
-            losses = [{k: v.item() for k, v in phase.loss(batch).items()} for batch in lesson.sample(1)]
-        return Outcome(losses[0], None)
+            losses = [{k: v.item() for k, v in phase.loss(batch).items()} for batch in ctx.first_batches(1)]
+        return PhaseResult(losses[0], None)
 
     notes, learnt = {}, {}
-    lesson = dataclasses.replace(lesson, note=notes.__setitem__, learnt=learnt.__setitem__)
-    students = play(QuantAware(KD(), share=0.4).teach(lesson), run)
+    ctx = dataclasses.replace(ctx, log_choice=notes.__setitem__, save_ranges=learnt.__setitem__)
+    students = run_phases(QuantAware(KD(), qat_fraction=0.4).phases(ctx), run)
     assert [(p.name, p.epochs) for p in phases] == [("kd", 3), ("int8", 2)]
-    assert phases[-1].span == (0.98, 1.0)
-    assert lesson.student in phases[-1].trains and students["student"] is lesson.student
+    assert phases[-1].lr_span == (0.98, 1.0)
+    assert ctx.student in phases[-1].trains and students["student"] is ctx.student
     assert notes["int8"]["student"]["ranges"] == len(learnt["student"]) > 0
     assert 0 <= notes["int8"]["student"]["accuracy"] <= 1
 
 
 @pytest.mark.parametrize(
     ("settings", "cause"),
-    [({"share": 0.0}, "share is 0"), ({"start": 1.0}, "start is 1"), ({"weight": 2.0}, "weight is 2")],
+    [
+        ({"qat_fraction": 0.0}, "qat_fraction is 0"),
+        ({"lr_start": 1.0}, "lr_start is 1"),
+        ({"kd_weight": 2.0}, "kd_weight is 2"),
+    ],
 )
 def test_impossible_settings_are_refused(settings, cause):
     with pytest.raises(ConfigError, match=cause):
@@ -346,8 +360,8 @@ def test_impossible_settings_are_refused(settings, cause):
 
 
 def test_a_lesson_without_a_target_is_refused_before_any_training(tmp_path):
-    with pytest.raises(ConfigError, match="no INT8 file to learn for"):
-        next(QuantAware(Supervised()).teach(a_lesson(tmp_path)))
+    with pytest.raises(ConfigError, match="runs no INT8 file"):
+        next(QuantAware(Supervised()).phases(a_context(tmp_path)))
 
 
 def test_a_network_that_cannot_be_traced_says_why():
@@ -356,4 +370,4 @@ def test_a_network_that_cannot_be_traced_says_why():
             return x if x.sum() > 0 else -x
 
     with pytest.raises(ConfigError, match="torch cannot trace `Branching`"):
-        Graph(Branching(), torch.zeros(2, 1, 8, 8))
+        ExportedGraph(Branching(), torch.zeros(2, 1, 8, 8))

@@ -10,32 +10,35 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.core.artifact import File, TensorSpec
-from edgekd.core.quant_scheme import Dialect
+from edgekd.core.quant_scheme import QuantScheme
 from edgekd.data.digits import Digits
 from edgekd.errors import ConfigError, DataError, ModelError
 from edgekd.models.resnet import CifarResNet
 from edgekd.onnx import inspect, session
 from edgekd.onnx.inputs import load_calibration
-from edgekd.stages.distill.dataset import prepare
+from edgekd.stages.distill.dataset import prepare_dataset
 from edgekd.stages.export.export import ExportConfig, export
-from edgekd.stages.quantize.calibration_set import CalibConfig, collect
-from edgekd.stages.quantize.quantize import convert, quantize, quantize_file
+from edgekd.stages.quantize.calibration_set import CalibrationConfig, collect_calibration_set
+from edgekd.stages.quantize.quantize import Int8Options, quantize, quantize_file, write_int8
 from edgekd.stages.quantize.ranges import METHODS, QuantizeConfig, calibrate
+from tests import zoo
 from tests.test_export import Awkward
 
-X86 = Dialect("uint8", symmetric_activation=False)
-SIGNED = Dialect("int8", symmetric_activation=True)
+X86 = QuantScheme("uint8", symmetric_activation=False)
+SIGNED = QuantScheme("int8", symmetric_activation=True)
 SPEC = TensorSpec("image", (0, 1, 16, 16))
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    return prepare(tmp_path_factory.mktemp("data"), Digits(), None)
+    return prepare_dataset(tmp_path_factory.mktemp("data"), Digits(), None)
 
 
 @pytest.fixture(scope="module")
 def images(task, tmp_path_factory):
-    return collect(tmp_path_factory.mktemp("calib"), task, CalibConfig(images=64), "digits").images
+    return collect_calibration_set(
+        tmp_path_factory.mktemp("calib"), task, CalibrationConfig(images=64), "digits"
+    ).images
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,7 @@ def exported(task, tmp_path_factory):
             optimiser.step()
     some = x[:16].numpy()
     out = tmp_path_factory.mktemp("export")
-    return export(out, "student", network, some, (10,), ExportConfig(), {"classes": json.dumps(task.classes)})
+    return export(out, "student", network, some, zoo.logits(10), ExportConfig(), {"classes": json.dumps(task.classes)})
 
 
 @pytest.fixture(scope="module")
@@ -119,15 +122,15 @@ def test_the_manifest_reproduces_the_images_from_the_training_split(task, images
 def test_equal_choices_give_equal_bytes_and_other_seeds_other_images(task, images, tmp_path):
     for name, seed, same in (("a", 0, True), ("b", 1, False)):
         (tmp_path / name).mkdir()
-        again = collect(tmp_path / name, task, CalibConfig(images=64, seed=seed), "digits").images
+        again = collect_calibration_set(tmp_path / name, task, CalibrationConfig(images=64, seed=seed), "digits").images
         assert (again.sha256 == images.sha256) is same
 
 
 def test_refuses_more_calibration_images_than_there_are(task, tmp_path):
-    with pytest.raises(DataError, match=r"calib.images is 5000, but the training split has 1077"):
-        collect(tmp_path, task, CalibConfig(images=5000), "digits")
-    with pytest.raises(ConfigError, match=r"calib.images is 0"):
-        CalibConfig(images=0)
+    with pytest.raises(DataError, match=r"calibration.images is 5000, but the training split has 1077"):
+        collect_calibration_set(tmp_path, task, CalibrationConfig(images=5000), "digits")
+    with pytest.raises(ConfigError, match=r"calibration.images is 0"):
+        CalibrationConfig(images=0)
 
 
 def test_reads_the_users_own_npy_and_npz(tmp_path):
@@ -172,8 +175,8 @@ def test_calibration_files_that_cannot_be_read_say_why(tmp_path):
 
 
 def test_int8_agrees_with_float_on_images_it_has_not_seen(exported, int8, test_inputs):
-    want = session.answers(exported.single.file.path, test_inputs)
-    got = session.answers(int8.single.file.path, test_inputs)
+    want = session.run_model(exported.single.file.path, test_inputs)
+    got = session.run_model(int8.single.file.path, test_inputs)
     assert (got.argmax(1) == want.argmax(1)).mean() > 0.97
 
 
@@ -189,14 +192,14 @@ def test_both_batch_forms_have_the_same_scales(int8):
 def test_int8_keeps_the_form_of_the_float_file(exported, int8):
     for before, after in ((exported.single, int8.single), (exported.dynamic, int8.dynamic)):
         assert (after.precision, before.precision) == ("int8", "fp32")
-        for fact in ("input", "classes", "opset", "ir", "macs", "parameters"):
+        for fact in ("input", "outputs", "opset", "ir", "macs", "parameters"):
             assert getattr(after, fact) == getattr(before, fact)
         assert after.file.bytes < before.file.bytes
         assert inspect.facts(after.file.path).domains == ("",)
         assert [p.key for p in onnx.load(after.file.path).metadata_props] == ["classes"]
 
 
-def test_the_dialect_shows_in_the_zero_points(exported, images, int8, tmp_path):
+def test_the_scheme_shows_in_the_zero_points(exported, images, int8, tmp_path):
     signed = quantize(tmp_path, exported, images, SIGNED, QuantizeConfig())
     points = {k: v for k, v in constants(int8.single.file.path).items() if "zero_point" in k}
     assert {v.dtype.name for k, v in points.items()} == {"uint8", "int8", "int32"}  # activations, weights, biases
@@ -206,18 +209,18 @@ def test_the_dialect_shows_in_the_zero_points(exported, images, int8, tmp_path):
     assert not any(v.any() for v in points.values())  # symmetric: all zero
 
 
-def test_weights_have_a_scale_per_output_channel_where_the_dialect_says_so(exported, images, tmp_path):
+def test_weights_have_a_scale_per_output_channel_where_the_scheme_says_so(exported, images, tmp_path):
     inputs, path = load_calibration(images.path, exported.single.input), exported.single.file.path
     for per_channel, count in ((True, 4), (False, 1)):
-        dialect = Dialect("uint8", symmetric_activation=False, per_channel=per_channel)
-        made = quantize_file(path, tmp_path / f"{count}.onnx", inputs, dialect, QuantizeConfig())
+        scheme = QuantScheme("uint8", symmetric_activation=False, per_channel=per_channel)
+        made = quantize_file(path, tmp_path / f"{count}.onnx", inputs, scheme, QuantizeConfig())
         assert constants(made.file.path)["stem.0.weight_scale"].size == count
 
 
 def test_reduced_range_keeps_weights_to_seven_bits(exported, images, tmp_path):
     inputs, path = load_calibration(images.path, exported.single.input), exported.single.file.path
-    dialect = Dialect("uint8", symmetric_activation=False, reduce_range=True)
-    made = quantize_file(path, tmp_path / "seven.onnx", inputs, dialect, QuantizeConfig())
+    scheme = QuantScheme("uint8", symmetric_activation=False, reduce_range=True)
+    made = quantize_file(path, tmp_path / "seven.onnx", inputs, scheme, QuantizeConfig())
     weights = [v for v in constants(made.file.path).values() if v.dtype == np.int8 and v.ndim == 4]
     assert 32 < max(abs(w.astype(int)).max() for w in weights) <= 64
 
@@ -233,7 +236,7 @@ def test_the_same_input_gives_the_same_bytes(exported, images, int8, tmp_path):
 def test_every_way_to_find_ranges_keeps_most_answers(exported, images, test_inputs, tmp_path, method):
     path, inputs = exported.single.file.path, load_calibration(images.path, SPEC)
     made = quantize_file(path, tmp_path / "int8.onnx", inputs, X86, QuantizeConfig(method=method))
-    want, got = session.answers(path, test_inputs), session.answers(made.file.path, test_inputs)
+    want, got = session.run_model(path, test_inputs), session.run_model(made.file.path, test_inputs)
     assert (got.argmax(1) == want.argmax(1)).mean() > 0.9
 
 
@@ -251,9 +254,9 @@ def test_foreign_files_are_quantized_with_their_batchnorms_folded(tmp_path):
     path, inputs = foreign(tmp_path / "foreign.onnx"), noise()
     made = quantize_file(path, tmp_path / "int8.onnx", inputs, X86, QuantizeConfig())
     found = inspect.facts(made.file.path)
-    assert (made.opset, made.ir, made.input.name, made.classes) == (13, 8, "pixels", 4)
+    assert (made.opset, made.ir, made.input.name, made.outputs[0].shape[1]) == (13, 8, "pixels", 4)
     assert "BatchNormalization" not in found.nodes and found.domains == ("",)
-    want, got = session.answers(path, inputs), session.answers(made.file.path, inputs)
+    want, got = session.run_model(path, inputs), session.run_model(made.file.path, inputs)
     assert np.abs(got - want).max() < 0.03 * np.abs(want).max()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["foreign.onnx", "int8.onnx"]  # nothing left behind
 
@@ -262,10 +265,14 @@ def test_networks_that_compute_with_the_batch_size_are_quantized_too(images, tmp
     torch.manual_seed(0)
     inputs = load_calibration(images.path, SPEC)
     made = quantize(
-        tmp_path, export(tmp_path, "awkward", Awkward(), inputs, (10,), ExportConfig()), images, X86, QuantizeConfig()
+        tmp_path,
+        export(tmp_path, "awkward", Awkward(), inputs, zoo.logits(10), ExportConfig()),
+        images,
+        X86,
+        QuantizeConfig(),
     )
     assert made.single.macs == made.dynamic.macs > 0
-    single, dynamic = (session.answers(model.file.path, inputs) for model in (made.single, made.dynamic))
+    single, dynamic = (session.run_model(model.file.path, inputs) for model in (made.single, made.dynamic))
     assert np.abs(single - dynamic).max() < 0.02 * np.abs(single).max()
 
 
@@ -311,7 +318,7 @@ def test_ranges_of_another_network_are_refused(exported, images, tmp_path):
     ranges = calibrate(foreign(tmp_path / "foreign.onnx"), noise(), QuantizeConfig())
     inputs = load_calibration(images.path, SPEC)
     with pytest.raises(ModelError, match="onnxruntime cannot quantize"):
-        convert(exported.single.file.path, tmp_path / "q.onnx", inputs, X86, ranges)
+        write_int8(exported.single.file.path, tmp_path / "q.onnx", inputs, ranges, Int8Options(X86))
 
 
 def test_weights_that_are_not_finite_do_not_pass(exported, images, tmp_path):

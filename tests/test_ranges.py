@@ -14,19 +14,27 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.core.artifact import Exported, File, TensorSpec
-from edgekd.core.quant_scheme import DIALECTS
+from edgekd.core.quant_scheme import QUANT_SCHEMES
 from edgekd.data.digits import Digits
 from edgekd.errors import ConfigError, DataError, ModelError
 from edgekd.onnx import inspect, session
 from edgekd.onnx.inputs import load_calibration
-from edgekd.stages.distill.dataset import prepare
+from edgekd.stages.distill.dataset import prepare_dataset
 from edgekd.stages.quantize import histogram
-from edgekd.stages.quantize.auto_method import most_accurate
-from edgekd.stages.quantize.calibration_cache import cache_file
-from edgekd.stages.quantize.calibration_set import CalibConfig, collect, own_file
+from edgekd.stages.quantize.auto_method import select_most_accurate
+from edgekd.stages.quantize.calibration_cache import quantize_to_cache
+from edgekd.stages.quantize.calibration_set import CalibrationConfig, collect_calibration_set, user_file
 from edgekd.stages.quantize.histogram import SIDE, Histogram
-from edgekd.stages.quantize.quantize import quantize_file, settled
-from edgekd.stages.quantize.ranges import METHODS, QuantizeConfig, Ranges, best, calibrate, candidates, prepared
+from edgekd.stages.quantize.quantize import Int8Options, quantize_file, select_ranges
+from edgekd.stages.quantize.ranges import (
+    METHODS,
+    QuantizeConfig,
+    Ranges,
+    best_ranges,
+    calibrate,
+    calibrate_methods,
+    load_prepared,
+)
 
 AUTO = QuantizeConfig("auto")
 FLOATS = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
@@ -162,7 +170,7 @@ def test_exact_zeros_do_not_change_where_entropy_clips():
 def test_minmax_knows_the_extremes_of_every_float_tensor(tmp_path):
     path, x = network(tmp_path / "n.onnx"), inputs()
     found = calibrate(path, x, QuantizeConfig())
-    model = prepared(path)
+    model = load_prepared(path)
     model.graph.output.extend([v for v in model.graph.value_info if v.name in "ab"])
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -175,18 +183,18 @@ def test_minmax_knows_the_extremes_of_every_float_tensor(tmp_path):
 
 def test_one_pass_finds_what_each_method_finds_alone(tmp_path):
     path, x = network(tmp_path / "n.onnx"), inputs()
-    found = candidates(path, x, AUTO)
+    found = calibrate_methods(path, x, AUTO)
     assert tuple(found) == METHODS
     for method, ranges in found.items():
         assert ranges == calibrate(path, x, QuantizeConfig(method)) and ranges.method == method
 
 
 def test_no_method_goes_beyond_what_was_seen(tmp_path):
-    found = candidates(network(tmp_path / "n.onnx"), inputs(), AUTO)
+    found = calibrate_methods(network(tmp_path / "n.onnx"), inputs(), AUTO)
     for ranges in found.values():
         for name, (low, high) in found["minmax"].bounds.items():
             assert low <= ranges.bounds[name][0] < ranges.bounds[name][1] <= high
-            assert 0 < ranges.serving(symmetric=True)[name][1] <= max(-low, high)
+            assert 0 < ranges.bounds_for(symmetric=True)[name][1] <= max(-low, high)
 
 
 def test_batches_of_a_static_size_have_the_same_extremes(tmp_path):
@@ -198,8 +206,8 @@ def test_batches_of_a_static_size_have_the_same_extremes(tmp_path):
 
 def test_symmetric_forms_take_the_larger_end_unless_they_are_clipped_elsewhere():
     ranges = Ranges({"a": (-1.0, 3.0), "b": (0.0, 6.0)}, {"b": 4.0})
-    assert ranges.serving(symmetric=False) == {"a": (-1.0, 3.0), "b": (0.0, 6.0)}
-    assert ranges.serving(symmetric=True) == {"a": (-3.0, 3.0), "b": (-4.0, 4.0)}
+    assert ranges.bounds_for(symmetric=False) == {"a": (-1.0, 3.0), "b": (0.0, 6.0)}
+    assert ranges.bounds_for(symmetric=True) == {"a": (-3.0, 3.0), "b": (-4.0, 4.0)}
 
 
 def test_int8_files_and_caches_have_the_scales_of_their_form(tmp_path):
@@ -209,11 +217,11 @@ def test_int8_files_and_caches_have_the_scales_of_their_form(tmp_path):
     assert found.limits["b"] < found.bounds["b"][1]  # half the steps, so more is clipped
     scale = {}
     for name in ("ort-x86", "tensorrt"):
-        made = quantize_file(path, tmp_path / f"{name}.onnx", x, DIALECTS[name], config).file.path
+        made = quantize_file(path, tmp_path / f"{name}.onnx", x, QUANT_SCHEMES[name], config).file.path
         scale[name] = {t.name: numpy_helper.to_array(t) for t in onnx.load(made).graph.initializer}["b_scale"]
     assert scale["ort-x86"] == pytest.approx(found.bounds["b"][1] / 255, rel=1e-5)
     assert scale["tensorrt"] == pytest.approx(found.limits["b"] / 127, rel=1e-5)
-    cache = cache_file(path, tmp_path / "n.cache", x, "8.5.2", config).file.path.read_text()
+    cache = quantize_to_cache(path, tmp_path / "n.cache", x, "8.5.2", config).file.path.read_text()
     bits = next(line.partition(": ")[2] for line in cache.splitlines() if line.startswith("b:"))
     assert np.array(int(bits, 16), np.uint32).view(np.float32) == pytest.approx(found.limits["b"] / 127, rel=1e-5)
 
@@ -247,39 +255,39 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
 def test_the_best_grade_wins_and_the_first_of_equals():
     found = {name: Ranges({}, method=name) for name in METHODS}
     grades = dict(zip(METHODS, (80.0, 79.0, 82.0, 82.0, 81.0), strict=True))
-    chosen = best(found, lambda ranges: grades[ranges.method])
-    assert chosen.method == "percentile" and chosen.tried == grades
-    assert best(found, lambda ranges: 0.0).method == "minmax"
+    chosen = best_ranges(found, lambda ranges: grades[ranges.method])
+    assert chosen.method == "percentile" and chosen.scores == grades
+    assert best_ranges(found, lambda ranges: 0.0).method == "minmax"
 
 
 def test_auto_drops_the_extremes_where_a_freak_input_spoils_them(tmp_path):
     path, x = network(tmp_path / "n.onnx"), inputs(400)
     x[0] *= 300
-    chosen = settled(path, x, DIALECTS["ort-x86"], AUTO)
+    chosen = select_ranges(path, x, Int8Options(QUANT_SCHEMES["ort-x86"]), AUTO)
     assert chosen.method != "minmax"
-    assert chosen.tried[chosen.method] == max(chosen.tried.values()) > chosen.tried["minmax"] + 6
-    assert quantize_file(path, tmp_path / "q.onnx", x, DIALECTS["ort-x86"], AUTO).precision == "int8"
-    cache_file(path, tmp_path / "q.cache", x, "8.5.2", AUTO)
+    assert chosen.scores[chosen.method] == max(chosen.scores.values()) > chosen.scores["minmax"] + 6
+    assert quantize_file(path, tmp_path / "q.onnx", x, QUANT_SCHEMES["ort-x86"], AUTO).precision == "int8"
+    quantize_to_cache(path, tmp_path / "q.cache", x, "8.5.2", AUTO)
 
 
 def test_what_auto_holds_out_is_no_part_of_the_ranges(tmp_path):
     path, x = network(tmp_path / "n.onnx"), inputs(16)
     x[3::4] *= 100
-    chosen = settled(path, x, DIALECTS["ort-x86"], AUTO)
+    chosen = select_ranges(path, x, Int8Options(QUANT_SCHEMES["ort-x86"]), AUTO)
     assert chosen.bounds["x"][1] <= np.delete(x, np.s_[3::4], 0).max()
 
 
 def test_auto_needs_something_to_judge_by(tmp_path):
     path = network(tmp_path / "n.onnx")
-    with pytest.raises(ConfigError, match="holds out every 4th batch to judge by, and here are 3"):
-        settled(path, inputs(3), DIALECTS["ort-x86"], AUTO)
-    with pytest.raises(ConfigError, match="leaves 5 to choose from, but there is nothing to judge them by"):
+    with pytest.raises(ConfigError, match="holds out every 4th batch"):
+        select_ranges(path, inputs(3), Int8Options(QUANT_SCHEMES["ort-x86"]), AUTO)
+    with pytest.raises(ConfigError, match="leaves 5"):
         calibrate(path, inputs(), AUTO)
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    return prepare(tmp_path_factory.mktemp("data"), Digits(), None)
+    return prepare_dataset(tmp_path_factory.mktemp("data"), Digits(), None)
 
 
 @pytest.fixture(scope="module")
@@ -297,27 +305,32 @@ def student(task, tmp_path_factory):
         graph = helper.make_graph(nodes, "g", [entering], [leaving], [numpy_helper.from_array(weight, "w")])
         imports = [helper.make_opsetid("", 20)]
         onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=9), home / f"{name}.onnx")
-        made.append(inspect.described(home / f"{name}.onnx", name, made[0].macs if made else None))
+        made.append(inspect.describe(home / f"{name}.onnx", name, made[0].macs if made else None))
     return Exported(*made)
 
 
-@pytest.mark.parametrize("dialect", ["ort-x86", "dla"])
-def test_a_build_takes_the_ranges_that_are_best_on_validation_images(task, student, tmp_path, dialect):
-    images = collect(tmp_path, task, CalibConfig(images=32), "digits").images
-    found = candidates(student.dynamic.file.path, load_calibration(images.path, student.single.input), AUTO)
+@pytest.mark.parametrize("scheme", ["ort-x86", "dla"])
+def test_a_build_takes_the_ranges_that_are_best_on_validation_images(task, student, tmp_path, scheme):
+    images = collect_calibration_set(tmp_path, task, CalibrationConfig(images=32), "digits").images
+    found = calibrate_methods(student.dynamic.file.path, load_calibration(images.path, student.single.input), AUTO)
     broken = {name: (low * 1000, high * 1000) for name, (low, high) in found["minmax"].bounds.items()}
     found = {"minmax": Ranges(broken, method="minmax"), **{m: found[m] for m in METHODS[1:]}}
-    chosen = most_accurate(tmp_path, student, images, DIALECTS[dialect], found, task)
-    assert list(chosen.tried) == list(METHODS)
-    assert chosen.tried["minmax"] < 50 < chosen.tried[chosen.method] == max(chosen.tried.values())
-    if dialect == "ort-x86":
+    chosen = select_most_accurate(tmp_path, student, images, found, task, Int8Options(QUANT_SCHEMES[scheme]))
+    assert list(chosen.scores) == list(METHODS)
+    assert chosen.scores["minmax"] < 50 < chosen.scores[chosen.method] == max(chosen.scores.values())
+    if scheme == "ort-x86":
         file = tmp_path / "q.onnx"
         known = load_calibration(images.path, student.single.input)
-        quantize_file(student.dynamic.file.path, file, known, DIALECTS[dialect], QuantizeConfig(chosen.method))
+        quantize_file(student.dynamic.file.path, file, known, QUANT_SCHEMES[scheme], QuantizeConfig(chosen.method))
         valid = task.valid.load()
-        right = session.answers(file, task.inputs(np.asarray(valid.images))).argmax(1) == valid.labels
-        assert chosen.tried[chosen.method] == pytest.approx(100 * right.mean())
-    assert most_accurate(tmp_path, student, images, DIALECTS[dialect], {"entropy": found["entropy"]}, task).tried == {}
+        right = session.run_model(file, task.inputs(np.asarray(valid.images))).argmax(1) == valid.labels
+        assert chosen.scores[chosen.method] == pytest.approx(100 * right.mean())
+    assert (
+        select_most_accurate(
+            tmp_path, student, images, {"entropy": found["entropy"]}, task, Int8Options(QUANT_SCHEMES[scheme])
+        ).scores
+        == {}
+    )
 
 
 # files of inputs
@@ -350,7 +363,7 @@ def test_files_of_other_things_are_no_inputs(tmp_path):
 
 
 def test_a_file_of_the_test_split_is_refused_by_its_manifest(task, tmp_path):
-    images = collect(tmp_path, task, CalibConfig(images=32), "digits").images.path
+    images = collect_calibration_set(tmp_path, task, CalibrationConfig(images=32), "digits").images.path
     manifest = json.loads(images.with_name("manifest.json").read_text())
     spec = TensorSpec("image", (0, *task.shape))
     assert len(load_calibration(images, spec)) == 32
@@ -364,16 +377,16 @@ def test_a_file_of_the_test_split_is_refused_by_its_manifest(task, tmp_path):
 def test_the_users_own_inputs_take_the_place_of_training_images(task, tmp_path):
     train = task.inputs(np.asarray(task.train.load().images[:40]))
     np.savez(tmp_path / "own.npz", image=train)
-    config = CalibConfig(images=24, file=str(tmp_path / "own.npz"))
-    made = collect(tmp_path, task, config, "digits")
+    config = CalibrationConfig(images=24, file=str(tmp_path / "own.npz"))
+    made = collect_calibration_set(tmp_path, task, config, "digits")
     assert np.array_equal(load_calibration(made.images.path, TensorSpec("image", (0, *task.shape))), train[:24])
     manifest = json.loads(made.manifest.path.read_text())
     assert (manifest["source"], manifest["split"], manifest["count"]) == ("own.npz", "train", 24)
-    assert own_file(config) == File.of(tmp_path / "own.npz") and own_file(CalibConfig()) is None
+    assert user_file(config) == File.of(tmp_path / "own.npz") and user_file(CalibrationConfig()) is None
     with pytest.raises(DataError, match="there is no calibration file .*gone.npz"):
-        own_file(replace(config, file=str(tmp_path / "gone.npz")))
-    with pytest.raises(DataError, match="calib.images is 99, but .*own.npz` holds 40"):
-        collect(tmp_path, task, replace(config, images=99), "digits")
+        user_file(replace(config, file=str(tmp_path / "gone.npz")))
+    with pytest.raises(DataError, match="calibration.images is 99, but .*own.npz` holds 40"):
+        collect_calibration_set(tmp_path, task, replace(config, images=99), "digits")
 
 
 def test_own_inputs_that_are_test_images_are_refused(task, tmp_path):
@@ -381,8 +394,8 @@ def test_own_inputs_that_are_test_images_are_refused(task, tmp_path):
     train = task.inputs(np.asarray(task.train.load().images[:40]))
     np.savez(tmp_path / "own.npz", image=np.concatenate([train, test]))
     with pytest.raises(DataError, match="own.npz` holds 3 images of the test split"):
-        collect(tmp_path, task, CalibConfig(images=43, file=str(tmp_path / "own.npz")), "digits")
-    collect(tmp_path, task, CalibConfig(images=40, file=str(tmp_path / "own.npz")), "digits")
+        collect_calibration_set(tmp_path, task, CalibrationConfig(images=43, file=str(tmp_path / "own.npz")), "digits")
+    collect_calibration_set(tmp_path, task, CalibrationConfig(images=40, file=str(tmp_path / "own.npz")), "digits")
 
 
 # what is refused
@@ -402,6 +415,6 @@ def test_numbers_that_are_not_finite_are_found_where_they_arise(tmp_path, method
         helper.make_node("Where", ["odd", "a", "r"], ["b"]),
     ]
     path = network(tmp_path / "n.onnx", middle=middle)
-    assert np.isfinite(session.answers(path, inputs())).all()
+    assert np.isfinite(session.run_model(path, inputs())).all()
     with pytest.raises(ModelError, match="not finite on the calibration inputs, in the tensor `r`"):
         calibrate(path, inputs(), QuantizeConfig(method))

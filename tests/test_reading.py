@@ -18,15 +18,15 @@ from markdown_it import MarkdownIt
 
 from edgekd.cli.console import run
 from edgekd.cli.main import app
-from edgekd.core.artifact import File, Remembered
+from edgekd.core.artifact import File, RecordedFile
 from edgekd.core.bench_result import Interval
-from edgekd.core.build_record import RangesFound, Record
+from edgekd.core.build_record import BuildRecord, SelectedRanges
 from edgekd.core.gate import Decision, Gate
-from edgekd.core.mixed_precision import Frontier, Marks, Mix
+from edgekd.core.mixed_precision import EvalScores, MixedPrecision, ParetoFront
 from edgekd.errors import ConfigError, StaleArtifact
 from edgekd.stages.report.change import Tolerance
 from edgekd.stages.report.load import read, samples
-from edgekd.stages.report.regressions import compared, markdown, summary, text
+from edgekd.stages.report.regressions import compare_builds, markdown, summary, text
 from edgekd.stages.report.report import render, report
 from edgekd.utils import arrays as arrays_module
 from edgekd.utils.arrays import load_array, load_arrays
@@ -39,13 +39,15 @@ OUTCOMES: tuple[Any, ...] = ("passed", "undecided", "failed", "passed")
 ROUTE = {"teacher": "a", "student": "b", "size": [8, 8], "receptive": [1, 1], "losses": [0.5], "dropped": None}
 
 
-def whole() -> Record:
+def whole() -> BuildRecord:
     """With every part that a report has something to say of."""
-    marks = Marks(94.0, Interval(0.1, 0.5, 0.9), 31.0)
-    mixed = Frontier("kd", "cpu", "top1", 1.0, 95.0, 200, 200, (), (Mix((), marks, 0.0, None),), 0, "no machine")
-    gate = Decision("cpu", Gate("drop", at_most=1.0), "kd int8", "passed", Interval(0.1, 0.2, 0.3), "0.2")
-    ranges = RangesFound("kd", "cpu", "entropy", {"minmax": 94.0, "entropy": 95.0})
-    made = record(bench(row("kd int8"), row("kd fp32")), frontiers=(mixed,), gates=(gate,), ranges=(ranges,))
+    marks = EvalScores(94.0, Interval(0.1, 0.5, 0.9), 31.0)
+    mixed = ParetoFront(
+        "kd", "cpu", "top1", 1.0, 95.0, 200, 200, (), (MixedPrecision((), marks, 0.0, None),), 0, "no machine"
+    )
+    gate = Decision("cpu", Gate("accuracy_drop", max=1.0), "kd int8", "passed", Interval(0.1, 0.2, 0.3), "0.2")
+    ranges = SelectedRanges("kd", "cpu", "entropy", {"minmax": 94.0, "entropy": 95.0})
+    made = record(bench(row("kd int8"), row("kd fp32")), pareto_fronts=(mixed,), gates=(gate,), ranges=(ranges,))
     made = replace(made, step_seconds={"teacher": 1.0})
     students = tuple(replace(w, notes={"routes": [ROUTE]}) for w in made.students)
     return replace(made, students=students)
@@ -65,37 +67,37 @@ def changed(home: Path, path: tuple[Any, ...], value: Any) -> Path:
 
 def test_a_whole_one_is_read(home):
     found = read(home / "report.json")
-    assert found.benches[0].measurements[1].readings["p50_ms"] == 0.5
-    assert found.students[0].notes == {"routes": [ROUTE]} and found.frontiers[0].metric == "top1"
+    assert found.benches[0].measurements[1].metrics["p50_ms"] == 0.5
+    assert found.students[0].notes == {"routes": [ROUTE]} and found.pareto_fronts[0].metric == "top1"
 
 
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
-        ((*M, "readings", "p50_ms"), float("nan"), "NaN is no number"),
-        ((*M, "readings", "p50_ms"), float("-inf"), "-Infinity is no number"),
-        ((*M, "readings", "p50_ms"), -1.0, "`p50_ms` of kd int8 is -1, which is no time"),
-        ((*M, "readings", "p50_ms"), 0, "is 0, which is no time"),
-        ((*M, "readings", "p50_ms"), [1.0], "readings.p50_ms is [1.0]: Input should be a valid number"),
-        ((*M, "readings", "top1"), 101, "`top1` of kd int8 is 101 %"),
-        ((*M, "readings"), [], "readings is []: Input should be an object"),
+        ((*M, "metrics", "p50_ms"), float("nan"), "NaN is no number"),
+        ((*M, "metrics", "p50_ms"), float("-inf"), "-Infinity is no number"),
+        ((*M, "metrics", "p50_ms"), -1.0, "`p50_ms` of kd int8 is -1, which is no time"),
+        ((*M, "metrics", "p50_ms"), 0, "is 0, which is no time"),
+        ((*M, "metrics", "p50_ms"), [1.0], "metrics.p50_ms is [1.0]: Input should be a valid number"),
+        ((*M, "metrics", "top1"), 101, "`top1` of kd int8 is 101 %"),
+        ((*M, "metrics"), [], "metrics is []: Input should be an object"),
         ((*M, "intervals", "p50_ms", "low"), 2.0, "the interval of `p50_ms` of kd int8 is from 2 to"),
         ((*M, "intervals", "p50_ms", "low"), -2.0, "begins at -2"),
         ((*M, "intervals", "memory_mb", "high"), 1e300, "the interval of `memory_mb` of kd int8 is from"),
         ((*M, "speedup", "low"), 0.0, "the interval of the speed-up of kd int8 begins at 0"),
-        ((*M, "contestant", "role"), "judge", "role is \"judge\": Input should be 'teacher', 'student' or 'baseline'"),
-        ((*M, "contestant", "macs"), "10", 'macs is "10": Input should be a valid integer'),
-        ((*M, "contestant", "macs"), 10**30, "is too large a number"),
-        ((*M, "contestant", "file"), ..., "contestant.file is missing"),
-        ((*M, "contestant", "file"), "a.onnx", 'file is "a.onnx": Input should be'),
-        ((*M, "contestant", "file", "name"), "../../.ssh/id_rsa", 'file.name is "../../.ssh/id_rsa"'),
-        ((*M, "contestant", "file", "name"), "..", 'file.name is ".."'),
-        ((*M, "contestant", "file", "name"), "/etc/passwd", 'file.name is "/etc/passwd"'),
-        ((*M, "contestant", "file", "sha256"), "../x", 'file.sha256 is "../x"'),
+        ((*M, "model", "role"), "judge", "role is \"judge\": Input should be 'teacher', 'student' or 'baseline'"),
+        ((*M, "model", "macs"), "10", 'macs is "10": Input should be a valid integer'),
+        ((*M, "model", "macs"), 10**30, "is too large a number"),
+        ((*M, "model", "file"), ..., "model.file is missing"),
+        ((*M, "model", "file"), "a.onnx", 'file is "a.onnx": Input should be'),
+        ((*M, "model", "file", "name"), "../../.ssh/id_rsa", 'file.name is "../../.ssh/id_rsa"'),
+        ((*M, "model", "file", "name"), "..", 'file.name is ".."'),
+        ((*M, "model", "file", "name"), "/etc/passwd", 'file.name is "/etc/passwd"'),
+        ((*M, "model", "file", "sha256"), "../x", 'file.sha256 is "../x"'),
         (("benches", 0, "protocol", "batch"), "many", "`batch` of the protocol is many"),
         (("benches", 0, "protocol", "images"), 0, "`images` of the protocol is 0"),
         (("benches", 0, "seconds"), -1.0, "the comparison took -1 s"),
-        (("benches", 0, "aa", "mid"), 9.0, "the interval of the A/A control"),
+        (("benches", 0, "aa_ratio", "estimate"), 9.0, "the interval of the A/A control"),
         (("benches", 0, "machine", "flags"), "avx2", 'machine.flags is "avx2": Input should be a valid array'),
         (("benches",), {}, "benches is {}: Input should be a valid array"),
         (("data", "train"), 0, "data.train is 0"),
@@ -105,20 +107,29 @@ def test_a_whole_one_is_read(home):
         (("teacher", "valid_accuracy"), 95.0, "has an accuracy of 95, which is from 0 to 1"),
         (("students", 0, "notes", "routes"), [1], "0 is 1: Input should be"),
         (("students", 0, "notes", "routes", 0, "losses"), ["low"], '0.losses.0 is "low"'),
-        (("frontiers", 0, "chosen"), 7, "of the mixes for kd, number 7 was chosen of 1"),
-        (("frontiers", 0, "metric"), "charm", "`charm` is no metric"),
+        (("pareto_fronts", 0, "selected"), 7, "of the mixes for kd, number 7 was chosen of 1"),
+        (("pareto_fronts", 0, "metric"), "charm", "`charm` is no metric"),
         (("name",), None, "name is null: Input should be a valid string"),
         (("name",), "\ud800", "surrogates not allowed"),
         (("files",), ..., "is null: Input should be a valid"),
         (("files", 0, "bytes"), "9", '0.bytes is "9"'),
-        (("schema",), 2, "has schema 2; this edgekd reads 1"),
-        (("schema",), ..., "has schema None; this edgekd reads 1"),
+        (("schema",), 1, "has schema 1; this edgekd reads 2"),
+        (("schema",), ..., "has schema None; this edgekd reads 2"),
     ],
 )
 def test_what_a_hand_has_changed_is_named(path, value, says, home):
     with pytest.raises(ConfigError) as error:
         read(changed(home, path, value))
     assert says in error.value.what and error.value.hint and len(error.value.what) < 500
+
+
+def test_a_report_of_an_older_edgekd_is_refused_with_what_to_do(tmp_path):
+    """Schema 1 had other names: `contestant`, `readings`, `ships`."""
+    bench = {"target": "cpu", "measurements": [{"contestant": {"name": "kd int8"}, "readings": {}}], "ships": "kd int8"}
+    (tmp_path / "report.json").write_text(json.dumps({"schema": 1, "name": "digits", "benches": [bench], "files": []}))
+    with pytest.raises(ConfigError, match="schema 1") as error:
+        read(tmp_path / "report.json")
+    assert "build again" in error.value.hint
 
 
 @pytest.mark.parametrize(
@@ -130,8 +141,8 @@ def test_what_a_hand_has_changed_is_named(path, value, says, home):
         b"{",
         b"\xff\xfe",
         b"[" * 100_000,
-        b'{"schema": 1}',
-        b'{"schema": 1, "files": [], "name": 1e999}',
+        b'{"schema": 2}',
+        b'{"schema": 2, "files": [], "name": 1e999}',
         b"1",
     ],
 )
@@ -184,14 +195,14 @@ def test_whatever_is_changed_it_is_refused_in_words_or_can_be_told(template, exa
         else:
             assert render(template, found, [])
             for builds in ((home, first), (first, home)):
-                both = compared(*builds, Tolerance())
+                both = compare_builds(*builds, Tolerance())
                 assert text(both) and markdown(both) and json.dumps(summary(both), allow_nan=False)
 
     told()
 
 
 def test_the_markdown_stands_alone_with_gates_behind_the_headline_and_whole_tables(home, tmp_path):
-    gates = [Decision("cpu", Gate("drop", at_most=n), "kd int8", o, None, "a | b") for n, o in enumerate(OUTCOMES)]
+    gates = [Decision("cpu", Gate("accuracy_drop", max=n), "kd int8", o, None, "a | b") for n, o in enumerate(OUTCOMES)]
     made = replace(read(home / "report.json"), gates=tuple(gates))
     tokens = MarkdownIt("commonmark").enable("table").parse(render("report.md.j2", made, []))
     headings = [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"]
@@ -299,7 +310,7 @@ def test_samples_that_changed_are_refused(tmp_path):
     with pytest.raises(StaleArtifact):
         samples(file)
     with pytest.raises(ConfigError, match="changed since it was recorded"):
-        samples(Remembered(file.path, file.sha256, None))
+        samples(RecordedFile(file.path, file.sha256, None))
 
 
 def edgekd(monkeypatch: pytest.MonkeyPatch, *words: Any) -> int:
@@ -309,7 +320,7 @@ def edgekd(monkeypatch: pytest.MonkeyPatch, *words: Any) -> int:
 
 def test_the_command_says_what_is_wrong_and_exits_with_2(home, monkeypatch, capsys):
     changed(home, ("students", 0, PAINT), 1)
-    changed(home, (*M, "readings", PAINT), "fast")
+    changed(home, (*M, "metrics", PAINT), "fast")
     assert edgekd(monkeypatch, "report", home) == 2
     said = capsys.readouterr().err
     assert "is not as edgekd writes it" in said and "hint: " in said
@@ -318,7 +329,7 @@ def test_the_command_says_what_is_wrong_and_exits_with_2(home, monkeypatch, caps
 
 def test_names_neither_paint_a_terminal_nor_hide_in_a_report(tmp_path, monkeypatch, capsys):
     old, new = (
-        written(tmp_path / folder, record(bench(row(PAINT, ms, sha=sha), ships=PAINT), name=PAINT, command=PAINT))
+        written(tmp_path / folder, record(bench(row(PAINT, ms, sha=sha), selected=PAINT), name=PAINT, command=PAINT))
         for folder, ms, sha in (("old", 0.5, "b"), ("new", 1.0, "d"))
     )
     assert edgekd(monkeypatch, "report", "--compare", old, new, "--out", tmp_path / "out") == 3

@@ -13,20 +13,20 @@ import pytest
 from markdown_it import MarkdownIt
 
 from edgekd.core import serialization
-from edgekd.core.artifact import File, Remembered, Weights
-from edgekd.core.bench_result import BenchResult, Contestant, Interval, Machine, Measurement, Runtime
-from edgekd.core.build_record import SCHEMA, DataFacts, Origins, Record
+from edgekd.core.artifact import File, RecordedFile, Weights
+from edgekd.core.bench_result import BenchmarkEntry, BenchResult, Interval, Machine, Measurement, Runtime
+from edgekd.core.build_record import SCHEMA, BuildRecord, DataFacts, Provenance
 from edgekd.core.gate import Decision, Gate
 from edgekd.errors import ConfigError
-from edgekd.stages.bench.intervals import share
-from edgekd.stages.bench.statistics import middle, ratio
-from edgekd.stages.report.build_diff import Pair, table
+from edgekd.stages.bench.intervals import wilson
+from edgekd.stages.bench.statistics import median_ci, ratio
+from edgekd.stages.report.build_diff import TablePair, table
 from edgekd.stages.report.change import Change, Tolerance, minus, quotient
-from edgekd.stages.report.regressions import compared, exit_code, markdown, publish, summary, text
+from edgekd.stages.report.regressions import compare_builds, exit_code, markdown, publish, summary, text
 
 HERE = Machine("CPU", ("avx2", "avx512_vnni"), 2, 23.5, "Linux", "3.11.7")
 RUNTIME = Runtime("onnxruntime", "1.31.1", 1)
-PROTOCOL = {"batch": 1, "scope": "one image per call", "blocks": 90, "calls": 12, "sessions": 6}
+PROTOCOL = {"batch": 1, "scope": "one image per call", "rounds": 90, "calls_per_round": 12, "processes": 6}
 TESTED = {"test-images.npy": "1" * 64, "test-labels.npy": "2" * 64}
 STEADY = Interval(0.996, 1.001, 1.006)
 MS = 0.5  # of the student
@@ -37,13 +37,13 @@ def around(mid: float, by: float = 0.01) -> Interval:
     return Interval(mid / (1 + by), mid, mid * (1 + by))
 
 
-def remembered(size: int, content: str = "a") -> Remembered:
-    return Remembered(Path(f"{content}.onnx"), content * 64, size)
+def remembered(size: int, content: str = "a") -> RecordedFile:
+    return RecordedFile(Path(f"{content}.onnx"), content * 64, size)
 
 
 def row(name: str, ms: float = MS, top1: float = 95.0, size: int = 1000, sha: str = "b", **more: Any) -> Measurement:
     """A student; its speed-up is that of a teacher of 4 ms."""
-    contestant = Contestant(name, "student", "kd", "int8", remembered(size, sha), 10, 20)
+    contestant = BenchmarkEntry(name, "student", "kd", "int8", remembered(size, sha), 10, 20)
     readings = {"top1": top1, "agreement": 99.0, "p50_ms": ms, "memory_mb": 12.0}
     sure = {"p50_ms": around(ms), "top1": Interval(top1 - 0.4, top1, top1 + 0.4), "memory_mb": around(12.0)}
     sure["agreement"] = Interval(98.8, 99.0, 99.2)
@@ -51,26 +51,26 @@ def row(name: str, ms: float = MS, top1: float = 95.0, size: int = 1000, sha: st
 
 
 def bench(*rows: Measurement, **more: Any) -> BenchResult:
-    contestant = Contestant("teacher fp32", "teacher", "supervised", "fp32", remembered(9000), 100, 200)
+    contestant = BenchmarkEntry("teacher fp32", "teacher", "supervised", "fp32", remembered(9000), 100, 200)
     teacher = Measurement(contestant, {"top1": 96.0, "p50_ms": 4.0}, None, "", intervals={"p50_ms": around(4.0)})
     made = BenchResult("cpu", "", HERE, RUNTIME, PROTOCOL, STEADY, (), (teacher, *rows), None, "", 1.0, "kd int8")
     return replace(made, **more)
 
 
-def record(*benches: BenchResult, **more: Any) -> Record:
+def record(*benches: BenchResult, **more: Any) -> BuildRecord:
     weights = Weights(File(Path("kd.safetensors"), "c" * 64), "kd", "kd", 20, 0.95, 1.0)
     data = DataFacts("digits", ("0", "1"), (1, 8, 8), 100, 20, 10_000, 100, 16)
-    origins = Origins(TESTED, {}, {}, ())
+    provenance = Provenance(TESTED, {}, {}, ())
     facts: dict[str, Any] = {"teacher": weights, "students": (weights,), "models": (), "versions": {}}
-    facts |= {"config": {}, "step_seconds": {}, "data": data, "origins": origins, "command": "edgekd build"}
-    return replace(Record("digits", "0.1", "2026-11-21T10:00:00Z", benches=benches, **facts), **more)
+    facts |= {"config": {}, "step_seconds": {}, "data": data, "provenance": provenance, "command": "edgekd build"}
+    return replace(BuildRecord("digits", "0.1", "2026-11-21T10:00:00Z", benches=benches, **facts), **more)
 
 
-def written(home: Path, made: Record) -> Path:
+def written(home: Path, made: BuildRecord) -> Path:
     home.mkdir(parents=True, exist_ok=True)
-    rows = [m.contestant.file for b in made.benches for m in b.measurements]
+    rows = [m.model.file for b in made.benches for m in b.measurements]
     files = [{"name": f.path.name, "sha256": f.sha256, "bytes": f.size, "what": "ONNX model"} for f in rows]
-    (home / "report.json").write_text(json.dumps({"schema": SCHEMA, **serialization.dump(made), "files": files}))
+    (home / "report.json").write_text(json.dumps({"schema": SCHEMA, **serialization.to_json(made), "files": files}))
     return home
 
 
@@ -78,10 +78,10 @@ def written(home: Path, made: Record) -> Path:
 def compare(tmp_path: Path) -> Any:
     def run(old: Any, new: Any, tolerance: Tolerance = USUAL) -> tuple[int, dict[str, Change], Any]:
         """Exit code, the changes of what ships by measure, and all that was found."""
-        made = [side if isinstance(side, Record) else record(side) for side in (old, new)]
+        made = [side if isinstance(side, BuildRecord) else record(side) for side in (old, new)]
         homes = [written(tmp_path / name, side) for name, side in zip(("old", "new"), made, strict=True)]
-        found = compared(*homes, tolerance)
-        return exit_code(found), {c.measure: c for c in found.changes if c.model.endswith("int8")}, found
+        found = compare_builds(*homes, tolerance)
+        return exit_code(found), {c.metric: c for c in found.changes if c.model.endswith("int8")}, found
 
     return run
 
@@ -90,13 +90,13 @@ def test_a_quotient_of_two_intervals_adds_their_errors_as_squares():
     found = quotient(Interval(9.0, 10.0, 12.0), Interval(4.0, 5.0, 5.5))
     low = math.hypot(math.log(10 / 9), math.log(5.5 / 5))
     high = math.hypot(math.log(12 / 10), math.log(5 / 4))
-    assert (found.low, found.mid, found.high) == pytest.approx((2 * math.exp(-low), 2, 2 * math.exp(high)))
+    assert (found.low, found.estimate, found.high) == pytest.approx((2 * math.exp(-low), 2, 2 * math.exp(high)))
 
 
 def test_a_difference_of_two_intervals_is_newcombes():
     # Newcombe 1998, table II, example (a): 56/70 and 48/80, method 10: 0.0524 to 0.3339
-    found = minus(share(80.0, 70), share(60.0, 80))
-    assert (found.low, found.mid, found.high) == pytest.approx((5.24, 20.0, 33.39), abs=0.01)
+    found = minus(wilson(80.0, 70), wilson(60.0, 80))
+    assert (found.low, found.estimate, found.high) == pytest.approx((5.24, 20.0, 33.39), abs=0.01)
 
 
 def test_the_interval_of_a_quotient_holds_the_truth_as_often_as_it_says():
@@ -117,32 +117,32 @@ def build_of(random: np.random.Generator, slower: float) -> BenchResult:
 
     machine = np.where(random.random(90) < 0.5, 1.14, 1)[:, None]
     teacher, student, again = ns(4e6), ns(5e5 * slower), ns(4e6)
-    median = middle(student / 1e6, 0, 6)
+    median = median_ci(student / 1e6, 0, 6)
     made = row(
         "kd int8",
         sha=str(random.integers(1_000_000)),
         speedup=ratio(teacher, student, 0, 6),
         intervals={"p50_ms": median},
     )
-    return bench(made, aa=ratio(teacher, again, 0, 6))
+    return bench(made, aa_ratio=ratio(teacher, again, 0, 6))
 
 
 @pytest.mark.parametrize(("slower", "found"), [(1.0, "held"), (1.1, "regression")])
 def test_builds_that_differ_and_builds_that_do_not_are_told_apart(slower, found):
     random, outcomes = np.random.default_rng(0), []
     for _ in range(25):
-        both = Pair(build_of(random, 1.0), build_of(random, slower), USUAL, True, ({}, {}))
+        both = TablePair(build_of(random, 1.0), build_of(random, slower), USUAL, True, ({}, {}))
         changes = table(both, "kd int8", "kd int8")
-        outcomes += [c.outcome for c in changes if (c.model, c.measure) == ("kd int8", "speed-up")]
+        outcomes += [c.outcome for c in changes if (c.model, c.metric) == ("kd int8", "speed-up")]
     assert len(outcomes) == 25 and outcomes.count(found) >= 22 and set(outcomes) <= {found, "undecided"}
 
 
 def test_the_same_build_twice_has_no_regression(compare):
     code, changes, found = compare(bench(row("kd int8")), bench(row("kd int8")))
     assert code == 0 and found.outcome == "held"
-    assert "no measurable difference" in changes["speed-up"].words
-    assert changes["file"].words == "the same"
-    assert changes["top-1"].words == "the same file on the same images"
+    assert "no measurable difference" in changes["speed-up"].description
+    assert changes["file"].description == "the same"
+    assert changes["top-1"].description == "the same file on the same images"
 
 
 @pytest.mark.parametrize(
@@ -157,9 +157,11 @@ def test_the_same_build_twice_has_no_regression(compare):
 def test_latency_is_judged_by_its_ratio_to_the_teacher(slower, code, outcome, words, compare):
     found = compare(bench(row("kd int8")), bench(row("kd int8", MS * slower, sha="d")))
     change = found[1]["speed-up"]
-    assert (found[0], change.outcome) == (code, outcome) and words in change.words
-    assert change.by.low < change.by.mid < change.by.high and change.by.mid == pytest.approx(100 * (slower - 1))
-    assert found[1]["median"].outcome == "told" and words in found[1]["median"].words
+    assert (found[0], change.outcome) == (code, outcome) and words in change.description
+    assert change.by.low < change.by.estimate < change.by.high and change.by.estimate == pytest.approx(
+        100 * (slower - 1)
+    )
+    assert found[1]["median"].outcome == "not judged" and words in found[1]["median"].description
 
 
 def test_the_tolerance_is_what_a_regression_is_beyond(compare):
@@ -174,7 +176,7 @@ def test_the_tolerance_is_what_a_regression_is_beyond(compare):
 def test_wide_intervals_are_too_noisy_to_say(compare):
     wide = replace(row("kd int8", sha="d"), speedup=around(8, 0.2))
     code, changes, _ = compare(bench(row("kd int8")), bench(wide))
-    assert code == 4 and changes["speed-up"].words.startswith("too noisy to say (")
+    assert code == 4 and changes["speed-up"].description.startswith("too noisy to say (")
 
 
 @pytest.mark.parametrize(
@@ -184,17 +186,19 @@ def test_a_run_that_is_in_doubt_leaves_latency_undecided_and_accuracy_not(warnin
     quiet, noisy = bench(row("kd int8")), bench(row("kd int8", MS * 1.3, sha="d"), warnings=(warning,))
     for code, changes, _ in (compare(quiet, noisy), compare(noisy, quiet)):
         assert code == 4 and changes["speed-up"].outcome == "undecided" and changes["top-1"].outcome == "held"
-        assert warning in changes["speed-up"].words
+        assert warning in changes["speed-up"].description
 
 
 def test_what_the_aa_control_is_off_by_widens_the_interval(compare):
     moved = Interval(0.98, 1.02, 1.06)
-    found = [compare(bench(row("kd int8")), bench(row("kd int8"), aa=aa))[1]["speed-up"].by for aa in (STEADY, moved)]
+    found = [
+        compare(bench(row("kd int8")), bench(row("kd int8"), aa_ratio=aa))[1]["speed-up"].by for aa in (STEADY, moved)
+    ]
     assert found[1].high - found[1].low > 1.3 * (found[0].high - found[0].low)
 
 
 def test_one_session_leaves_more_undecided_than_several(compare):
-    one = PROTOCOL | {"sessions": 1}
+    one = PROTOCOL | {"processes": 1}
     device = PROTOCOL | {"locked_clocks": False}  # its sessions are parts of a run that was interrupted
     for protocol, expected in ((PROTOCOL, 0), (one, 4), (device, 4)):
         benches = [bench(row("kd int8", ms, sha=s), protocol=protocol) for ms, s in ((MS, "b"), (MS * 1.03, "d"))]
@@ -205,21 +209,21 @@ def test_a_busier_machine_is_no_regression(compare):
     """The teacher is as much slower: the median grew, the ratio did not."""
     new = replace(row("kd int8", MS * 1.3, sha="d"), speedup=around(8))
     code, changes, _ = compare(bench(row("kd int8")), bench(new))
-    assert code == 0 and changes["median"].outcome == "told" and "30.0 % slower" in changes["median"].words
+    assert code == 0 and changes["median"].outcome == "not judged" and "30.0 % slower" in changes["median"].description
 
 
 def test_a_teacher_that_became_faster_is_no_regression_of_the_student(compare):
     new = replace(row("kd int8", sha="d"), speedup=around(6))
     code, changes, _ = compare(bench(row("kd int8")), bench(new))
-    assert code == 4 and "its own median held" in changes["speed-up"].words
+    assert code == 4 and "its own median held" in changes["speed-up"].description
 
 
 def test_the_same_file_on_the_same_machine_cannot_become_slower(compare):
     code, changes, _ = compare(bench(row("kd int8")), bench(row("kd int8", MS * 1.3)))
-    assert code == 4 and "the same file, so it is the machine that moved" in changes["speed-up"].words
+    assert code == 4 and "the same file, so it is the machine that moved" in changes["speed-up"].description
     wide = replace(row("kd int8"), speedup=around(8, 0.2))
     code, changes, _ = compare(bench(wide), bench(wide))
-    assert code == 0 and changes["speed-up"].words.endswith("; the same file")
+    assert code == 0 and changes["speed-up"].description.endswith("; the same file")
 
 
 @pytest.mark.parametrize(
@@ -236,15 +240,15 @@ def test_on_another_machine_times_do_not_compare_and_a_ratio_that_fell_is_undeci
     for slower, code in ((1.0, 0), (1.2, 4)):
         new = bench(row("kd int8", MS * slower, sha="d"), **other)
         found = compare(bench(row("kd int8")), new)
-        assert found[0] == code and "median" not in found[1] and found[1]["memory"].outcome == "told"
+        assert found[0] == code and "median" not in found[1] and found[1]["memory"].outcome == "not judged"
         assert any("absolute times do not compare" in remark for remark in found[2].remarks)
-    assert "not under the same conditions" in found[1]["speed-up"].words
+    assert "not under the same conditions" in found[1]["speed-up"].description
 
 
 def test_a_teacher_of_another_size_is_no_measure(compare):
     new = bench(row("kd int8", sha="d"))
     teacher = new.measurements[0]
-    bigger = replace(teacher, contestant=replace(teacher.contestant, macs=1000))
+    bigger = replace(teacher, model=replace(teacher.model, macs=1000))
     new = replace(new, measurements=(bigger, *new.measurements[1:]))
     code, changes, found = compare(bench(row("kd int8")), new)
     assert code == 0 and "speed-up" not in changes and changes["median"].outcome == "held"  # times decide then
@@ -258,11 +262,11 @@ def test_a_teacher_of_another_size_is_no_measure(compare):
 )
 def test_accuracy_is_judged_in_points_from_the_two_intervals(top1, code, words, compare):
     found = compare(bench(row("kd int8")), bench(row("kd int8", top1=top1, sha="d")))
-    assert found[0] == code and words in found[1]["top-1"].words
-    assert found[1]["top-1"].words.endswith("from the two intervals")
+    assert found[0] == code and words in found[1]["top-1"].description
+    assert found[1]["top-1"].description.endswith("from the two intervals")
 
 
-def answered(home: Path, made: Record, right: np.ndarray, name: str) -> Record:
+def answered(home: Path, made: BuildRecord, right: np.ndarray, name: str) -> BuildRecord:
     """The record with answers in its steps, of which `right` (images,) are right: as a build leaves them."""
     data, timed = home / "steps" / "data-0", home / "steps" / "bench-cpu-0"
     for folder in (data, timed / "answers"):
@@ -271,8 +275,8 @@ def answered(home: Path, made: Record, right: np.ndarray, name: str) -> Record:
     np.save(timed / "answers" / "logits-1.npy", np.where(right[:, None], [1.0, 0.0], [0.0, 1.0]))
     np.savez(timed / "samples.npz", ns=np.arange(1, 5), names=np.array([name]))
     samples = File.of(timed / "samples.npz")
-    origins = Origins(TESTED | {"test-labels.npy": File.of(data / "test-labels.npy").sha256}, {}, {}, ())
-    return replace(made, origins=origins, benches=(replace(made.benches[0], samples=samples),))
+    provenance = Provenance(TESTED | {"test-labels.npy": File.of(data / "test-labels.npy").sha256}, {}, {}, ())
+    return replace(made, provenance=provenance, benches=(replace(made.benches[0], samples=samples),))
 
 
 def test_accuracy_is_paired_where_both_builds_still_have_their_answers(tmp_path, compare):
@@ -282,16 +286,18 @@ def test_accuracy_is_paired_where_both_builds_still_have_their_answers(tmp_path,
     old = answered(tmp_path / "old", record(bench(row("kd int8"))), before, "old")
     new = answered(tmp_path / "new", record(bench(row("kd int8", top1=94.4, sha="d"))), after, "new")
     code, changes, _ = compare(old, new)
-    assert code == 0 and changes["top-1"].words.startswith("0.6 points worse (0.4 to 0.8), paired over 10,000 images")
+    assert code == 0 and changes["top-1"].description.startswith(
+        "0.6 points worse (0.4 to 0.8), paired over 10,000 images"
+    )
     assert compare(old, new, Tolerance(points=0.2))[0] == 3
-    elsewhere = replace(new, origins=replace(new.origins, data=TESTED))
-    assert "two intervals" in compare(old, elsewhere)[1]["top-1"].words
+    elsewhere = replace(new, provenance=replace(new.provenance, data=TESTED))
+    assert "two intervals" in compare(old, elsewhere)[1]["top-1"].description
 
 
 def test_a_larger_file_and_more_memory_are_regressions(compare):
     bigger = replace(row("kd int8", size=1100, sha="d"))
     code, changes, _ = compare(bench(row("kd int8")), bench(bigger))
-    assert code == 3 and changes["file"].words == "10.0 % larger"
+    assert code == 3 and changes["file"].description == "10.0 % larger"
     hungry = replace(bigger, intervals=bigger.intervals | {"memory_mb": around(15.0)})
     assert compare(bench(row("kd int8", size=1100)), bench(hungry))[1]["memory"].outcome == "regression"
 
@@ -301,25 +307,29 @@ def test_only_what_ships_is_judged(compare):
     code, _, found = compare(old, new)
     assert code == 0
     other = [c for c in found.changes if c.model == "kd fp32"]
-    assert other and {c.outcome for c in other} == {"told"} and "100.0 % slower" in other[0].words
+    assert other and {c.outcome for c in other} == {"not judged"} and "100.0 % slower" in other[0].description
 
 
 def test_what_ships_now_is_compared_with_what_shipped(compare):
     old = bench(row("kd int8"), row("kpn int8", 0.6, sha="d"))
-    new = bench(row("kd int8"), row("kpn int8", 0.6, sha="d"), ships="kpn int8")
+    new = bench(row("kd int8"), row("kpn int8", 0.6, sha="d"), selected="kpn int8")
     code, _, found = compare(old, new)
-    assert code == 3 and found.changes[0].model == "kd int8, now kpn int8" and "20.0 % slower" in found.changes[0].words
-    assert compare(old, replace(new, ships=""))[0] == 3
+    assert (
+        code == 3
+        and found.changes[0].model == "kd int8, now kpn int8"
+        and "20.0 % slower" in found.changes[0].description
+    )
+    assert compare(old, replace(new, selected=""))[0] == 3
 
 
 def test_models_and_tables_that_appear_or_vanish_are_told(compare):
-    batch = bench(row("kd int8"), scenario="batch 8", ships="")
+    batch = bench(row("kd int8"), scenario="batch 8", selected="")
     old = record(bench(row("kd int8"), row("old int8")), batch)
-    new = record(bench(row("kd int8"), row("new int8")), bench(row("kd int8"), scenario="model only", ships=""))
+    new = record(bench(row("kd int8"), row("new int8")), bench(row("kd int8"), scenario="inference only", selected=""))
     code, _, found = compare(old, new)
     assert code == 4
-    assert [c.words for c in found.changes if c.table == "cpu, batch 8"] == ["is not measured any more"]
-    for words in ("no longer there: old int8", "new: new int8", "cpu, model only: was not measured before"):
+    assert [c.description for c in found.changes if c.table == "cpu, batch 8"] == ["is not measured any more"]
+    for words in ("no longer there: old int8", "new: new int8", "cpu, inference only: was not measured before"):
         assert any(words in remark for remark in found.remarks)
 
 
@@ -335,21 +345,23 @@ def test_throughput_is_judged_by_its_ratio_and_its_images(compare):
     def at(images: float, sha: str) -> BenchResult:
         made = row("kd int8", sha=sha)
         sure = {"images_per_s": around(images)}
-        made = replace(made, readings={"images_per_s": images}, intervals=sure, speedup=around(images / 250))
-        return bench(made, scenario="throughput", ships="")
+        made = replace(made, metrics={"images_per_s": images}, intervals=sure, speedup=around(images / 250))
+        return bench(made, scenario="throughput", selected="")
 
     builds = [record(bench(row("kd int8", sha=s)), at(images, s)) for images, s in ((2000.0, "b"), (1600.0, "d"))]
     code, _, found = compare(*builds)
-    told = {c.measure: c for c in found.changes if c.table == "cpu, throughput"}
-    assert code == 3 and "25.0 % slower" in told["speed-up"].words and "25.0 % slower" in told["images"].words
+    told = {c.metric: c for c in found.changes if c.table == "cpu, throughput"}
+    assert (
+        code == 3 and "25.0 % slower" in told["speed-up"].description and "25.0 % slower" in told["images"].description
+    )
     assert told["images"].unit == "per s"
 
 
 def test_a_model_that_cannot_keep_up_any_more_is_undecided(compare):
-    late = replace(row("kd int8", sha="d"), readings={}, intervals={}, speedup=None, verdict="cannot keep up: 9 ms")
+    late = replace(row("kd int8", sha="d"), metrics={}, intervals={}, speedup=None, verdict="cannot keep up: 9 ms")
     rates = [bench(m, scenario="200 calls a second") for m in (row("kd int8"), late)]
     code, _, found = compare(*(record(bench(row("kd int8")), rate) for rate in rates))
-    assert code == 4 and any("cannot keep up" in c.words for c in found.changes)
+    assert code == 4 and any("cannot keep up" in c.description for c in found.changes)
 
 
 @pytest.mark.parametrize(
@@ -364,23 +376,23 @@ def test_a_model_that_cannot_keep_up_any_more_is_undecided(compare):
     ],
 )
 def test_a_gate_that_failed_and_had_passed_is_a_regression(was, now, code, compare):
-    def gated(outcome: Any) -> Record:
-        decision = Decision("cpu", Gate("drop", at_most=1.0), "kd int8", outcome, None, "0.5")
+    def gated(outcome: Any) -> BuildRecord:
+        decision = Decision("cpu", Gate("accuracy_drop", max=1.0), "kd int8", outcome, None, "0.5")
         return record(bench(row("kd int8")), gates=(decision,))
 
     assert compare(gated(was), gated(now))[0] == code
 
 
 def test_a_new_gate_is_told(compare):
-    gate = Decision("cpu", Gate("drop", at_most=1.0), "kd int8", "failed", None, "2")
+    gate = Decision("cpu", Gate("accuracy_drop", max=1.0), "kd int8", "failed", None, "2")
     code, changes, _ = compare(bench(row("kd int8")), record(bench(row("kd int8")), gates=(gate,)))
-    assert code == 0 and changes["gate: drop at most 1"].words == "new: failed; 2"
+    assert code == 0 and changes["gate: accuracy_drop at most 1"].description == "new: failed; 2"
 
 
 def test_markdown_stands_alone_and_hostile_names_break_nothing(tmp_path, compare):
     evil = "<script>x</script>| a\n# b ![i](http://h) @team"
     rows = [(row(evil, ms, sha=s), row("o", ms)) for ms, s in ((0.5, "b"), (0.8, "d"))]
-    code, _, found = compare(*(record(bench(*pair, ships=evil), name=evil) for pair in rows))
+    code, _, found = compare(*(record(bench(*pair, selected=evil), name=evil) for pair in rows))
     told = markdown(found)
     assert code == 3 and "<script" not in told and "@team" not in told and "](" not in told
     page = MarkdownIt("commonmark").enable("table").render(told)
@@ -388,9 +400,9 @@ def test_markdown_stands_alone_and_hostile_names_break_nothing(tmp_path, compare
     assert publish(found, tmp_path / "out").read_text() == told
     kept = json.loads((tmp_path / "out" / "regressions.json").read_text())
     assert kept == json.loads(json.dumps(summary(found))) and kept["exit_code"] == 3
-    assert {change["outcome"] for change in kept["changes"]} >= {"regression", "told"}
+    assert {change["outcome"] for change in kept["changes"]} >= {"regression", "not judged"}
 
 
 def test_what_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
-        compared(tmp_path, tmp_path, Tolerance())
+        compare_builds(tmp_path, tmp_path, Tolerance())

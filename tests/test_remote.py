@@ -19,26 +19,27 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgekd.config import configured
+from edgekd.config import load_config
 from edgekd.core.artifact import File
-from edgekd.core.step_cache import Ledger
+from edgekd.core.step_cache import StepCache
 from edgekd.errors import Busy, ConfigError, EdgekdError, StaleArtifact, TargetUnavailable
-from edgekd.pipelines.deploy import fitted
+from edgekd.pipelines.deploy import adapt_to_device
+from edgekd.pipelines.run import Run
 from edgekd.stages.bench.config import BenchConfig
-from edgekd.stages.bench.runner import runner_path
+from edgekd.stages.bench.runner import pack_runner
 from edgekd.stages.device.bundle import Bundle
-from edgekd.stages.device.bundle_readme import RUN
-from edgekd.stages.device.job_log import Seen
-from edgekd.stages.device.remote import Place, look, measure
-from edgekd.stages.device.results import measured
-from edgekd.stages.device.ssh import Device, Lost, answer, asked, device, porter_path
-from edgekd.targets.cpu import here
+from edgekd.stages.device.bundle_readme import RUN_SCRIPT
+from edgekd.stages.device.job_log import JobLog
+from edgekd.stages.device.remote import DeviceInfo, measure, probe
+from edgekd.stages.device.results import build_bench_result
+from edgekd.stages.device.ssh import ConnectionLost, Device, agent_path, call_agent, parse_address, select_device
+from edgekd.targets.cpu import this_arch
 from edgekd.utils.cpu import flags
 from tests import sshd
-from tests.standins.bundles import PROTOCOL, engine, make_bundle, sealed
+from tests.standins.bundles import PROTOCOL, engine, make_bundle, write_manifest
 
-BLOCKS, CALLS = 40, 3000  # a round of these toys takes long enough to be interrupted
-HOW = BenchConfig(blocks=3, metrics=("top1", "p50_ms"))
+ROUNDS, CALLS = 40, 3000  # a round of these toys takes long enough to be interrupted
+HOW = BenchConfig(rounds=3, metrics=("top1", "p50_ms"))
 needs_server = pytest.mark.skipif(bool(sshd.lacking()), reason=sshd.lacking() or "-")
 slow = pytest.mark.slow
 
@@ -64,17 +65,17 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 def a_bundle(home: Path, **changes: Any) -> Bundle:
     """As a build makes them, of two tiny networks."""
-    rows = [engine(f"{name} fp32", name, f"{name}.onnx", knows=True) for name in ("teacher", "student")]
+    rows = [engine(f"{name} fp32", name, f"{name}.onnx", predicts_labels=True) for name in ("teacher", "student")]
     make_bundle(home, engines=rows)
     manifest = json.loads((home / "manifest.json").read_text())
-    (home / "run.sh").write_text(RUN)
-    shutil.copy(runner_path(), home / "edgekd_runner.py")
-    sealed(home, manifest | {"protocol": PROTOCOL | {"blocks": BLOCKS, "calls": CALLS}} | changes)
+    (home / "run.sh").write_text(RUN_SCRIPT)
+    pack_runner(home / "runner.pyz")
+    write_manifest(home, manifest | {"protocol": PROTOCOL | {"rounds": ROUNDS, "calls_per_round": CALLS}} | changes)
     return Bundle(File.of(home / "manifest.json"))
 
 
 def at(folder: Path, python: str = sys.executable) -> Device:
-    return device(f"ssh://device{folder}?python={python}")
+    return parse_address(f"ssh://device{folder}?python={python}")
 
 
 def python_with(path: Path, words: str) -> str:
@@ -188,28 +189,28 @@ def test_a_second_host_picks_up_the_job_that_runs(story):
 @needs_server
 def test_a_killed_job_is_told_and_goes_on_where_it_stopped(story):
     for error in story.errors:
-        assert "was ended by signal 9" in error.what and "picks up" in error.hint
-    assert 0 < story.left < BLOCKS
+        assert "was ended by signal 9" in error.what and "still runs" in error.hint
+    assert 0 < story.left < ROUNDS
     bench = story.made.read()["bench"]
-    assert bench["resumed"] and len(bench["sessions"]) == 2
+    assert bench["resumed"] and len(bench["processes"]) == 2
     with np.load(story.made.array("samples.npz")) as samples:
-        assert sorted(set(samples["block"].tolist())) == list(range(BLOCKS))
-        assert set(samples["session"].tolist()) == {0, 1}
+        assert sorted(set(samples["round"].tolist())) == list(range(ROUNDS))
+        assert set(samples["process"].tolist()) == {0, 1}
 
 
 @slow
 @needs_server
 def test_the_result_is_a_comparison_like_that_of_this_machine(story, tmp_path):
-    result = measured(tmp_path, story.bundle, story.made, HOW)
-    assert [m.contestant.name for m in result.measurements] == ["teacher fp32", "student fp32"]
-    assert result.aa.low <= result.aa.mid <= result.aa.high and result.measurements[1].speedup
+    result = build_bench_result(tmp_path, story.bundle, story.made, HOW)
+    assert [m.model.name for m in result.measurements] == ["teacher fp32", "student fp32"]
+    assert result.aa_ratio.low <= result.aa_ratio.estimate <= result.aa_ratio.high and result.measurements[1].speedup
     with np.load(story.made.array("samples.npz")) as samples:
         own = np.sort(samples["ns"][samples["model"] == 1])
-    assert result.measurements[1].readings["p50_ms"] == pytest.approx(own[len(own) // 2 - 1] / 1e6, rel=1e-6)
+    assert result.measurements[1].metrics["p50_ms"] == pytest.approx(own[len(own) // 2 - 1] / 1e6, rel=1e-6)
     labels = np.load(story.bundle.folder / "labels.npy")
     top1 = 100 * (np.load(story.made.array("logits-1.npy")).argmax(1) == labels).mean()
-    assert result.measurements[1].readings["top1"] == pytest.approx(top1)
-    assert result.machine.processor and result.runtime.name == "onnxruntime" and result.protocol["sessions"] == 2
+    assert result.measurements[1].metrics["top1"] == pytest.approx(top1)
+    assert result.machine.processor and result.runtime.name == "onnxruntime" and result.protocol["processes"] == 2
 
 
 @slow
@@ -241,25 +242,26 @@ def test_a_result_that_was_tampered_with_is_refused(what, story, server, tmp_pat
 
 @needs_server
 def test_only_what_differs_is_copied_and_what_an_earlier_bundle_left_goes(bundle, server, tmp_path):
-    from edgekd.stages.device.remote import send
+    from edgekd.stages.device.remote import send_files
 
     there = tmp_path / "there"
     there.mkdir()
     (there / "mine.txt").write_text("of the user")
-    send(at(there), bundle)
+    send_files(at(there), bundle)
     names = {str(p.relative_to(bundle.folder)) for p in bundle.folder.rglob("*") if p.is_file()}
     assert names <= {str(p.relative_to(there)) for p in there.rglob("*") if p.is_file()}
     assert not list(there.rglob("*.partial"))
     student, teacher = there / "models" / "student.onnx", there / "models" / "teacher.onnx"
     before = teacher.stat().st_mtime_ns
     student.write_bytes(b"cut off")
-    send(at(there), bundle)
+    send_files(at(there), bundle)
     assert student.read_bytes() == (bundle.folder / "models" / "student.onnx").read_bytes()
     assert teacher.stat().st_mtime_ns == before
     other = a_bundle(tmp_path / "other", labels=None)
     (other.folder / "labels.npy").unlink()
-    send(
-        at(there), Bundle(File.of(sealed(other.folder, json.loads(other.manifest.path.read_text())) / "manifest.json"))
+    send_files(
+        at(there),
+        Bundle(File.of(write_manifest(other.folder, json.loads(other.manifest.path.read_text())) / "manifest.json")),
     )
     assert not (there / "labels.npy").exists() and (there / "mine.txt").exists()
 
@@ -296,10 +298,10 @@ def test_a_host_key_that_is_not_known_is_never_accepted(known, server, tmp_path,
     (tmp_path / "config").write_text(config)
     monkeypatch.setenv("EDGEKD_SSH_CONFIG", str(tmp_path / "config"))
     with pytest.raises(TargetUnavailable) as failure:
-        look(tmp_path, at(tmp_path))
+        probe(tmp_path, at(tmp_path))
     words = ("not the one that is known", "ssh-keygen -R") if known == "another" else ("is not known", "fingerprint")
     told(failure.value, "host key of device", "nothing was sent", *words)
-    assert not isinstance(failure.value, Lost)  # no other try would help
+    assert not isinstance(failure.value, ConnectionLost)  # no other try would help
     assert (tmp_path / "known_hosts").read_text() == lines
 
 
@@ -310,7 +312,7 @@ def test_a_key_that_is_not_taken_is_told(server, tmp_path, monkeypatch):
     (tmp_path / "config").write_text(config)
     monkeypatch.setenv("EDGEKD_SSH_CONFIG", str(tmp_path / "config"))
     with pytest.raises(TargetUnavailable) as failure:
-        look(tmp_path, at(tmp_path))
+        probe(tmp_path, at(tmp_path))
     told(failure.value, "device does not let you in", "ssh-copy-id device", "ssh-add")
 
 
@@ -320,15 +322,15 @@ def test_a_device_that_cannot_be_reached_is_told_at_once(address, server, tmp_pa
     if "device" not in address:
         (tmp_path / "config").write_text("")
         monkeypatch.setenv("EDGEKD_SSH_CONFIG", str(tmp_path / "config"))
-    with pytest.raises(Lost) as failure:
-        look(tmp_path, device(address))
+    with pytest.raises(ConnectionLost) as failure:
+        probe(tmp_path, parse_address(address))
     told(failure.value, "cannot be reached", "is it on")
 
 
 @needs_server
 def test_a_device_without_python_is_told(server, tmp_path):
     with pytest.raises(TargetUnavailable) as failure:
-        look(tmp_path, at(tmp_path, "python3.999"))
+        probe(tmp_path, at(tmp_path, "python3.999"))
     told(failure.value, "there is no `python3.999` on device", "?python=")
 
 
@@ -376,7 +378,7 @@ def test_a_full_disk_is_told_before_and_during_the_copy(bundle, server, little_d
     with pytest.raises(EdgekdError) as failure:
         measure(tmp_path, bundle, at(little_disk / "there"))
     told(failure.value, "is full", "are free", "free some space")
-    monkeypatch.setattr(remote, "SPARE", -(1 << 30))  # as if others filled it meanwhile
+    monkeypatch.setattr(remote, "SPARE_BYTES", -(1 << 30))  # as if others filled it meanwhile
     with pytest.raises(EdgekdError) as failure:
         measure(tmp_path, bundle, at(little_disk / "there"))
     told(failure.value, "no space left on device", "free some space")
@@ -386,7 +388,7 @@ def test_a_full_disk_is_told_before_and_during_the_copy(bundle, server, little_d
 def test_without_ssh_on_this_machine_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(TargetUnavailable, match="no program `ssh`"):
-        answer(device("ssh://device/x"), "look")
+        call_agent(parse_address("ssh://device/x"), "probe")
 
 
 @pytest.mark.parametrize(
@@ -407,29 +409,29 @@ def test_without_ssh_on_this_machine_it_says_so(tmp_path, monkeypatch):
 )
 def test_an_address_of_another_kind_is_refused_with_an_example(address, words):
     with pytest.raises(ConfigError, match=words) as failure:
-        device(address)
+        parse_address(address)
     assert "ssh" in failure.value.hint and "secret" not in str(failure.value)
 
 
 def test_an_address_is_read_as_people_write_it():
-    assert device("ssh://pi@Pi4.local:2222/home/pi/edge kd") == Device(
+    assert parse_address("ssh://pi@Pi4.local:2222/home/pi/edge kd") == Device(
         "pi@Pi4.local", 2222, "/home/pi/edge kd", "python3"
     )
-    assert device("ssh://board/~/edgekd?python=/opt/v/bin/python") == Device(
+    assert parse_address("ssh://board/~/edgekd?python=/opt/v/bin/python") == Device(
         "board", None, "~/edgekd", "/opt/v/bin/python"
     )
-    assert device("ssh://[fe80::1]:22/x").name == "fe80::1"
+    assert parse_address("ssh://[fe80::1]:22/x").name == "fe80::1"
 
 
 def test_a_job_that_left_no_exit_code_is_told_as_gone():
-    error = Seen().failure("board")
-    told(error, "the job is gone", "picks up")
+    error = JobLog().error("board")
+    told(error, "the job is gone", "still runs")
 
 
 def test_the_device_needs_python_3_6_and_the_standard_library_only():
     import ast
 
-    tree = ast.parse(porter_path().read_text(), feature_version=(3, 6))
+    tree = ast.parse(agent_path().read_text(), feature_version=(3, 6))
     names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
     assert not any(isinstance(node, ast.ImportFrom) for node in ast.walk(tree))
     assert names <= sys.stdlib_module_names
@@ -437,11 +439,11 @@ def test_the_device_needs_python_3_6_and_the_standard_library_only():
 
 @needs_server
 def test_a_device_says_what_it_is(server, tmp_path):
-    assert look(tmp_path, at(tmp_path)) == Place(os.uname().machine, tuple(sorted(flags())))
+    assert probe(tmp_path, at(tmp_path)) == DeviceInfo(os.uname().machine, tuple(sorted(flags())))
 
 
 @needs_server
-@pytest.mark.skipif(here() != "x86", reason="only on x86 do weights depend on the processor")
+@pytest.mark.skipif(this_arch() != "x86", reason="only on x86 do weights depend on the processor")
 @pytest.mark.parametrize("said", ["flags\t\t: fpu avx2 avx512f", "vendor_id\t: none", "flags : avx2 avx512_vnni"])
 def test_weights_fit_the_processor_of_the_device_or_all_where_it_does_not_tell(said, server, tmp_path):
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{said}\n")
@@ -449,10 +451,11 @@ def test_weights_fit_the_processor_of_the_device_or_all_where_it_does_not_tell(s
     if os.geteuid() or subprocess.run(["unshare", "-m", "sh", "-c", shown], check=False, stderr=-3).returncode:
         pytest.skip("only root can show a process another processor")
     python = python_with(tmp_path / "python", f'exec unshare -m sh -c \'{shown} && exec PYTHON "$@"\' sh "$@"')
-    config = fitted(Ledger(tmp_path / "steps"), configured("digits", (), ("cpu",), True), at(tmp_path, python))
+    run = Run(load_config("digits", (), ("cpu",), True), StepCache(tmp_path / "steps"))
+    config = adapt_to_device(run, at(tmp_path, python))
     (target,) = config.targets
-    assert target.dialect.reduce_range == ("vnni" not in said)
-    assert bool(target.delivery.instead) == ("vnni" not in said)
+    assert target.scheme.reduce_range == ("vnni" not in said)
+    assert bool(target.deployment_plan.instead) == ("vnni" not in said)
 
 
 # --- clocks ---
@@ -477,18 +480,18 @@ def test_clocks_are_locked_there_if_asked_and_a_result_with_free_clocks_is_not_t
 
 
 def test_clocks_of_a_device_that_is_not_roots_are_refused_before_anything_is_sent(tmp_path):
-    code = "import os; os.geteuid = lambda: 1000\n" + porter_path().read_text()
-    wanted = {"folder": str(tmp_path / "there"), "words": ["--lock-clocks"], "bundle": "", "files": {}}
-    code += f"\nsys.exit(main('survey', {wanted!r}))"
+    code = "import os; os.geteuid = lambda: 1000\n" + agent_path().read_text()
+    wanted = {"folder": str(tmp_path / "there"), "options": ["--lock-clocks"], "bundle": "", "files": {}}
+    code += f"\nsys.exit(main('list_missing', {wanted!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 3 and "only root" in done.stderr and "ssh://root@host/folder" in done.stderr
     assert not (tmp_path / "there").exists()
 
 
 def test_locked_clocks_are_asked_of_a_device_only():
-    assert asked(None, False) is None
-    one, other = (asked("ssh://board/x", lock) for lock in (False, True))
+    assert select_device(None, False) is None
+    one, other = (select_device("ssh://board/x", lock) for lock in (False, True))
     assert one != other and (one.options, other.options) == ([], ["--lock-clocks"])
     with pytest.raises(ConfigError, match="is for a device") as failure:
-        asked(None, True)
+        select_device(None, True)
     assert "--device" in failure.value.hint

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from edgekd.core import formatting, serialization
 from edgekd.core.artifact import EpochRecord, File, OnnxModel, PhaseRecord, TensorSpec, Weights
-from edgekd.core.bench_result import BenchResult, Contestant, Interval, Machine, Measurement, Runtime
-from edgekd.core.build_record import DataFacts, Record
+from edgekd.core.bench_result import BenchmarkEntry, BenchResult, Interval, Machine, Measurement, Runtime
+from edgekd.core.build_record import BuildRecord, DataFacts
 from edgekd.core.gate import Decision, Gate
 from edgekd.errors import ConfigError, StaleArtifact
 from edgekd.stages.report import plots, provenance, tables
@@ -100,7 +100,7 @@ def samples(home: Path) -> File:
 def measurement(home: Path, name: str, p99: bool = True) -> Measurement:
     role, method, precision, top1, ms, size = MODELS[name]
     ratio = 1.843 / ms
-    contestant = Contestant(
+    contestant = BenchmarkEntry(
         name, role, method, precision, file(home, f"{name.replace(' ', '-')}.onnx", size), 12_480_000, 2_784
     )
     readings = {"top1": top1, "agreement": 98.7, "p50_ms": ms, "p90_ms": 1.1 * ms} | (
@@ -115,7 +115,7 @@ def measurement(home: Path, name: str, p99: bool = True) -> Measurement:
 
 
 @pytest.fixture
-def record(tmp_path: Path) -> Record:
+def record(tmp_path: Path) -> BuildRecord:
     home = tmp_path / "build"
     home.mkdir()
     cpu = BenchResult(
@@ -125,25 +125,25 @@ def record(tmp_path: Path) -> Record:
         runtime=Runtime("onnxruntime", "1.31.0", 1),
         protocol={
             "batch": 1,
-            "blocks": 30,
+            "rounds": 30,
             "calls_per_block": 35,
             "warmup_s": 2.0,
             "seed": 0,
             "conditions": {"load_1min": 0.3, "governor": None},
         },
-        aa=Interval(0.9981, 1.0004, 1.0023),
+        aa_ratio=Interval(0.9981, 1.0004, 1.0023),
         warnings=("load average 1.4 on 2 cores", f"drift of {EVIL}"),
         measurements=tuple(measurement(home, name) for name in MODELS),
         samples=samples(home),
         started="2026-11-20T10:11:12Z",
         seconds=61.2,
-        ships="student int8",
+        selected="student int8",
     )
     board = BenchResult(
         "jetson", f"no board was named {EVIL}", None, None, {}, None, (), (), None, "2026-11-20T10:12:13Z", 0.0
     )
     spec = TensorSpec("image", (0, 1, 8, 8))
-    return Record(
+    return BuildRecord(
         name="digits",
         edgekd="0.1.0",
         created="2026-11-20T10:15:00Z",
@@ -157,7 +157,17 @@ def record(tmp_path: Path) -> Record:
             weights(home, "student", "kd", 0.959),
         ),
         models=tuple(
-            OnnxModel(m.contestant.file, m.contestant.name, spec, 10, m.contestant.precision, 18, 9, 2_784, 12_480_000)
+            OnnxModel(
+                m.model.file,
+                m.model.name,
+                spec,
+                (TensorSpec("logits", (1, 10)),),
+                m.model.precision,
+                18,
+                9,
+                2_784,
+                12_480_000,
+            )
             for m in cpu.measurements
         ),
         benches=(cpu, board),
@@ -166,11 +176,11 @@ def record(tmp_path: Path) -> Record:
     )
 
 
-def with_names(record: Record, name: str) -> Record:
+def with_names(record: BuildRecord, name: str) -> BuildRecord:
     """Everything that a user names is called `name`."""
     cpu = record.benches[0]
-    renamed = [dataclasses.replace(m.contestant, name=f"{name} {i}") for i, m in enumerate(cpu.measurements)]
-    ms = [dataclasses.replace(m, contestant=c, verdict=name) for m, c in zip(cpu.measurements, renamed, strict=True)]
+    renamed = [dataclasses.replace(m.model, name=f"{name} {i}") for i, m in enumerate(cpu.measurements)]
+    ms = [dataclasses.replace(m, model=c, verdict=name) for m, c in zip(cpu.measurements, renamed, strict=True)]
     machine = dataclasses.replace(cpu.machine, processor=name)
     cpu = dataclasses.replace(cpu, target=name, machine=machine, measurements=tuple(ms), protocol={name: name})
     students = tuple(dataclasses.replace(w, name=name, method=name) for w in record.students)
@@ -253,7 +263,7 @@ def test_every_number_of_every_measurement_is_in_every_format(record, tmp_path):
     report(record, tmp_path / "out")
     page, comment, data = texts(tmp_path / "out")
     for m, told in zip(record.benches[0].measurements, data["benches"][0]["measurements"], strict=True):
-        c, r = m.contestant, m.readings
+        c, r = m.model, m.metrics
         shown = [formatting.percent(r[k], 360).removesuffix(" %") for k in ("top1", "agreement")]
         shown += [formatting.figures(r[k]) for k in ("p50_ms", "p90_ms", "p99_ms")]
         shown += [formatting.file_size(c.file.bytes), formatting.count(c.macs), formatting.count(c.parameters)]
@@ -261,9 +271,9 @@ def test_every_number_of_every_measurement_is_in_every_format(record, tmp_path):
         (row,) = [line for line in comment.splitlines() if line.startswith(f"| {c.name} ")]
         rows = [part.partition("</tr>")[0] for part in page.split(f'<th scope="row">{c.name}')[1:]]
         assert all(text in row.replace("*", "") for text in shown)
-        shown[-1:] = [formatting.ratio(m.speedup.mid)] if m.speedup else []
+        shown[-1:] = [formatting.ratio(m.speedup.estimate)] if m.speedup else []
         assert all(any(text in part for part in rows) for text in shown)
-        assert told == serialization.dump(m)
+        assert told == serialization.to_json(m)
         assert {"name": c.file.path.name, "sha256": c.file.sha256, "bytes": c.file.bytes} in [
             {k: f[k] for k in ("name", "sha256", "bytes")} for f in data["files"]
         ]
@@ -281,13 +291,13 @@ def test_first_screen_answers_which_file_how_accurate_how_fast_on_what(record, t
     assert "kpn against supervised: +1.7 points" in page and "conditions: load 1min" in page
 
 
-def on_a_board_without_int8(record: Record) -> Record:
+def on_a_board_without_int8(record: BuildRecord) -> BuildRecord:
     """The student is the fastest in FP16, which the board builds from the FP32 file."""
     cpu = record.benches[0]
-    kept = [m for m in cpu.measurements if m.contestant.precision == "fp32"]
-    made = dataclasses.replace(kept[1].contestant, name="student fp16", precision="fp16")
-    kept.insert(2, dataclasses.replace(kept[1], contestant=made, readings=kept[1].readings | {"p50_ms": 0.25}))
-    nano = dataclasses.replace(cpu, target="jetson", measurements=tuple(kept), ships="student fp16")
+    kept = [m for m in cpu.measurements if m.model.precision == "fp32"]
+    made = dataclasses.replace(kept[1].model, name="student fp16", precision="fp16")
+    kept.insert(2, dataclasses.replace(kept[1], model=made, metrics=kept[1].metrics | {"p50_ms": 0.25}))
+    nano = dataclasses.replace(cpu, target="jetson", measurements=tuple(kept), selected="student fp16")
     models = tuple(m for m in record.models if m.precision == "fp32")
     return dataclasses.replace(record, benches=(nano,), models=models)
 
@@ -305,10 +315,10 @@ def test_where_no_int8_ships_the_report_is_about_what_does(record, tmp_path):
 
 
 def test_where_no_student_is_fit_to_ship_none_is_said_to(record, tmp_path):
-    none = dataclasses.replace(record.benches[0], ships="")
+    none = dataclasses.replace(record.benches[0], selected="")
     report(dataclasses.replace(record, benches=(none,)), tmp_path / "out")
     page, comment, _ = texts(tmp_path / "out")
-    assert "no student was found fit to ship" in page and "No student was found fit to ship" in comment
+    assert "no student is fit to be deployed" in page and "No student is fit to be deployed" in comment
     assert "ship this" not in page.lower() and "**Ship" not in comment
 
 
@@ -332,14 +342,14 @@ def test_what_was_not_measured_gives_the_reason_and_no_number(record, tmp_path):
 
 
 def test_says_so_if_the_aa_control_moved(record, tmp_path):
-    moved = dataclasses.replace(record.benches[0], aa=Interval(1.004, 1.0061, 1.008))
+    moved = dataclasses.replace(record.benches[0], aa_ratio=Interval(1.004, 1.0061, 1.008))
     page = report(dataclasses.replace(record, benches=(moved,)), tmp_path / "out").read_text(encoding="utf-8")
     assert "1.0061 (1.0040–1.0080)" in page and "does not hold 1" in page
 
 
 def test_leaves_out_what_no_metric_read(record, tmp_path):
     cpu = record.benches[0]
-    bare = tuple(dataclasses.replace(m, readings={"p50_ms": m.readings["p50_ms"]}) for m in cpu.measurements)
+    bare = tuple(dataclasses.replace(m, metrics={"p50_ms": m.metrics["p50_ms"]}) for m in cpu.measurements)
     page = report(
         dataclasses.replace(record, benches=(dataclasses.replace(cpu, measurements=bare),)), tmp_path / "out"
     ).read_text(encoding="utf-8")
@@ -353,7 +363,7 @@ def test_renders_the_same_bytes_twice_and_again_from_json_when_the_files_are_gon
         model.file.path.unlink()
     record.benches[0].samples.path.unlink()
     again = read(tmp_path / "one" / "report.json")
-    assert serialization.dump(again)["models"] == serialization.dump(record)["models"]
+    assert serialization.to_json(again)["models"] == serialization.to_json(record)["models"]
     report(again, tmp_path / "three")
     report(again, tmp_path / "one")
     for name in ("report.html", "report.md", "report.json"):
@@ -414,10 +424,10 @@ def test_writes_numbers_with_three_figures_and_a_unit(shown, text):
 
 
 def test_the_report_says_how_ranges_were_found(record, tmp_path):
-    from edgekd.core.build_record import RangesFound
+    from edgekd.core.build_record import SelectedRanges
 
     tried = {"minmax": 80.5, "percentile": 81.25}
-    told = dataclasses.replace(record, ranges=(RangesFound("<kpn>", "cpu", "percentile", tried),))
+    told = dataclasses.replace(record, ranges=(SelectedRanges("<kpn>", "cpu", "percentile", tried),))
     page = report(told, tmp_path).read_text(encoding="utf-8")
     assert "percentile, of minmax 80.50 %; percentile 81.25 % on validation images" in page
     assert "&lt;kpn&gt; on cpu" in page
@@ -432,7 +442,7 @@ def opened(page: str) -> str:
 def test_first_table_has_what_most_readers_want_and_a_folded_one_the_rest(record, tmp_path):
     cpu = record.benches[0]
     sure = {"p50_ms": Interval(0.2111, 0.2134, 0.2166)}
-    ms = [dataclasses.replace(m, readings=m.readings | {"min_ms": 0.123}, intervals=sure) for m in cpu.measurements]
+    ms = [dataclasses.replace(m, metrics=m.metrics | {"min_ms": 0.123}, intervals=sure) for m in cpu.measurements]
     page = report(
         dataclasses.replace(record, benches=(dataclasses.replace(cpu, measurements=tuple(ms)),)), tmp_path / "out"
     ).read_text(encoding="utf-8")
@@ -455,18 +465,19 @@ def test_gates_are_told_on_the_first_screen(record, tmp_path):
     found = Interval(0.1, 0.3, 0.5)
     outcomes = ("passed", "failed", "undecided", "passed")
     decisions = [
-        Decision("cpu", Gate("drop", at_most=0.5 + i), "student int8", o, found, EVIL) for i, o in enumerate(outcomes)
+        Decision("cpu", Gate("accuracy_drop", max=0.5 + i), "student int8", o, found, EVIL)
+        for i, o in enumerate(outcomes)
     ]
     told = dataclasses.replace(record, gates=tuple(decisions))
     page = report(told, tmp_path / "out").read_text(encoding="utf-8")
     first = page[page.index('class="state"') : page.index("<nav")]
     assert re.findall(r">(. \d gates? \w+)<", first) == ["✗ 1 gate failed", "? 1 gate undecided", "✓ 2 gates passed"]
-    assert all(f"drop at most {d.gate.at_most:g}</th>" in page for d in decisions)
+    assert all(f"accuracy_drop at most {d.gate.max:g}</th>" in page for d in decisions)
 
 
 def test_every_target_is_on_the_first_screen(record, tmp_path):
     cpu, board = record.benches
-    slow = tuple(dataclasses.replace(m, readings=m.readings | {"p50_ms": 7.125}) for m in cpu.measurements)
+    slow = tuple(dataclasses.replace(m, metrics=m.metrics | {"p50_ms": 7.125}) for m in cpu.measurements)
     other = dataclasses.replace(cpu, target="openvino", measurements=slow)
     told = dataclasses.replace(record, benches=(cpu, other, board))
     page = report(told, tmp_path / "out").read_text(encoding="utf-8")
@@ -479,17 +490,17 @@ def test_every_target_is_on_the_first_screen(record, tmp_path):
 def test_other_ways_of_calling_stand_apart_with_what_a_call_holds(record, tmp_path):
     cpu = record.benches[0]
     held = {"scope": "inputs and outputs are bound", "overhead_of_the_loop_ns": 350}
-    other = dataclasses.replace(cpu, scenario="model only", ships="", protocol=cpu.protocol | held)
+    other = dataclasses.replace(cpu, scenario="inference only", selected="", protocol=cpu.protocol | held)
     page = report(dataclasses.replace(record, benches=(cpu, other)), tmp_path / "out").read_text(encoding="utf-8")
     part = page[page.index('<h2 id="ways"') : page.index('<h2 id="adds"')]
-    assert "<h3>cpu, model only</h3>" in part and "A call: inputs and outputs are bound" in part
+    assert "<h3>cpu, inference only</h3>" in part and "A call: inputs and outputs are bound" in part
     assert "The timing loop itself adds 350 ns to a call" in page
     assert page.count("avx512_vnni") == 1  # one machine, told once
 
 
 def test_says_how_to_find_a_file_that_was_changed(record, tmp_path):
     page = report(record, tmp_path / "out").read_text(encoding="utf-8")
-    assert provenance.digest(provenance.provenance(record)) in page and "edgekd verify DIR" in page
+    assert provenance.build_hash(provenance.provenance(record)) in page and "edgekd verify DIR" in page
 
 
 def test_all_plots_and_tables_have_names_for_those_who_do_not_see_them(record, tmp_path):
@@ -542,8 +553,8 @@ def test_names_without_room_have_letters_in_the_plot(record):
     assert (
         "<text" in (few := plots.accuracy_against_latency("t", cpu.measurements, "top1", "top-1")) and ">A<" not in few
     )
-    long = [dataclasses.replace(m.contestant, name=f"{'long-' * 20}{i}") for i, m in enumerate(cpu.measurements)]
-    renamed = [dataclasses.replace(m, contestant=c) for m, c in zip(cpu.measurements, long, strict=True)]
+    long = [dataclasses.replace(m.model, name=f"{'long-' * 20}{i}") for i, m in enumerate(cpu.measurements)]
+    renamed = [dataclasses.replace(m, model=c) for m, c in zip(cpu.measurements, long, strict=True)]
     drawn = plots.accuracy_against_latency("t", renamed, "top1", "top-1")
     assert [drawn.count(f">{letter}<") for letter in "ABCDEF"] == [2, 2, 2, 2, 2, 0]  # at the dot, and below
     assert all(f"-long-{i}<" in drawn for i in range(5))  # both ends of a name are told

@@ -15,10 +15,13 @@ from typing import Any
 import pytest
 
 from edgekd.stages.bench.runner import runner_path
-from tests.standins import bundles
-from tests.standins.bundles import PROTOCOL, engine, found, make_bundle, run
-
-runner = bundles.module()
+from edgekd_runner import power, system_files
+from edgekd_runner.bundle_bench import Watch
+from edgekd_runner.cli import run_bundle_command
+from edgekd_runner.clocks import hold_clocks
+from edgekd_runner.errors import RunnerError
+from edgekd_runner.operating_point import find_slowdowns, read_operating_point
+from tests.standins.bundles import PROTOCOL, engine, make_bundle, read_result, run
 
 
 @pytest.fixture
@@ -26,7 +29,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The root of a machine without sensors and without programs of NVIDIA."""
     made = tmp_path / "root"
     made.mkdir()
-    monkeypatch.setattr(runner, "ROOT", str(made))
+    monkeypatch.setattr(system_files, "ROOT", str(made))
     return made
 
 
@@ -74,7 +77,7 @@ def program(folder: Path, name: str, text: str, monkeypatch: pytest.MonkeyPatch)
 def test_rails_of_new_and_old_jetpacks_are_read(root: Path) -> None:
     hwmon(root, {"VDD_IN": (5000, 1200), "VDD_CPU_GPU_CV": (5000, 400)})
     iio(root, {"POM_5V_IN": 3187})
-    rails = runner.sysfs_rails()
+    rails = power.list_sysfs_rails()
     assert {label: read() for label, read in rails.items()} == pytest.approx(
         {"VDD_IN": 6.0, "VDD_CPU_GPU_CV": 2.0, "POM_5V_IN": 3.187}
     )
@@ -94,14 +97,14 @@ def test_rails_of_new_and_old_jetpacks_are_read(root: Path) -> None:
     ],
 )
 def test_no_board_counts_a_rail_twice(labels: list[str], rails: list[str] | None) -> None:
-    chosen = runner.module_rails(labels)
+    chosen = power.choose_module_rails(labels)
     assert (list(chosen) if chosen else None) == rails
 
 
 def test_rails_without_a_known_sum_are_not_added_up(root: Path) -> None:
     hwmon(root, {"VDD_GPU": (5000, 1000), "VDD_CPU": (5000, 1000)})
-    with pytest.raises(runner.Problem, match="of the rails VDD_CPU, VDD_GPU no sum is known"):
-        runner.power_sensor()
+    with pytest.raises(RunnerError, match="of the rails VDD_CPU, VDD_GPU no sum is known"):
+        power.open_power_sensor()
 
 
 TEGRASTATS = {
@@ -141,7 +144,7 @@ TEGRASTATS = {
 @pytest.mark.parametrize("line", TEGRASTATS)
 def test_every_dialect_of_tegrastats_is_read(line: str) -> None:
     rails, temperatures, gpu = TEGRASTATS[line]
-    told = runner.read_tegrastats(line)
+    told = power.parse_tegrastats(line)
     assert told["rails_mw"] == rails and told["temperatures_c"] == temperatures
     assert (told["gpu_percent"], told["gpu_mhz"]) == gpu
 
@@ -151,22 +154,23 @@ def test_every_dialect_of_tegrastats_is_read(line: str) -> None:
 
 def test_energy_is_the_integral_of_power_over_time() -> None:
     ramp = [(0.0, 0.0), (1.0, 2.0), (2.0, 4.0), (4.0, 8.0)]  # 2 t watts: t * t joules
-    assert runner.joules(ramp, 0.0, 4.0) == pytest.approx(16)
-    assert runner.joules(ramp, 0.5, 3.0) == pytest.approx(9 - 0.25), "between the samples, at both ends"
-    assert runner.joules(ramp, 1.2, 1.4) == pytest.approx(1.4**2 - 1.2**2), "between two samples"
-    assert runner.joules([(1.0, 5.0)], 0.0, 2.0) == pytest.approx(10), "beyond the samples their last value holds"
-    assert runner.mean_watts([(0.0, 5.0), (9.0, 5.0)], 2.0, 7.0) == pytest.approx(5)
+    assert power.joules(ramp, 0.0, 4.0) == pytest.approx(16)
+    assert power.joules(ramp, 0.5, 3.0) == pytest.approx(9 - 0.25), "between the samples, at both ends"
+    assert power.joules(ramp, 1.2, 1.4) == pytest.approx(1.4**2 - 1.2**2), "between two samples"
+    assert power.joules([(1.0, 5.0)], 0.0, 2.0) == pytest.approx(10), "beyond the samples their last value holds"
+    assert power.mean_watts([(0.0, 5.0), (9.0, 5.0)], 2.0, 7.0) == pytest.approx(5)
 
 
 def measure(home: Path, seconds: float, lock: bool = False) -> dict[str, Any]:
     command = Namespace(command="energy", bundle=str(home), out=None, seconds=seconds, lock_clocks=lock)
-    assert runner.on_bundle(command) == 0
-    result: dict[str, Any] = found(home, "energy")
+    assert run_bundle_command(command) == 0
+    result: dict[str, Any] = read_result(home, "energy")
     return result
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(sys, "argv", [str(runner_path())])  # by which its children are started
     made = make_bundle(tmp_path / "bundle", engines=[engine("student fp32", "student", "student.onnx")])
     assert run("build", made)[0] == 0
     return made
@@ -178,7 +182,7 @@ def test_millijoules_are_taken_from_the_module_rail(home: Path, root: Path) -> N
     assert energy["sensor"] == {
         "kind": "ina3221 through sysfs",
         "rails": ["VDD_IN"],
-        "scope": "module, without carrier board",
+        "domain": "module, without carrier board",
     }
     one = energy["engines"][0]
     assert energy["invalid"] == [] and one["watts"] == pytest.approx(5) and one["idle_w"] == pytest.approx([5, 5])
@@ -207,7 +211,7 @@ def test_without_sysfs_tegrastats_is_asked_and_ended(
 
 def test_too_few_readings_make_a_run_invalid(home: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hwmon(root, {"VDD_IN": (5000, 1000)})
-    monkeypatch.setattr(runner, "SAMPLE_S", 0.3)
+    monkeypatch.setattr(power, "SAMPLE_S", 0.3)
     energy = measure(home, 0.1)
     assert energy["invalid"] == ["student fp32: too few readings of the sensor"]
 
@@ -215,8 +219,8 @@ def test_too_few_readings_make_a_run_invalid(home: Path, root: Path, monkeypatch
 def test_a_sensor_without_readings_is_told(home: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hwmon(root, {"VDD_IN": (5000, 1000)})
     put(root, "sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon3/curr1_input", "")
-    monkeypatch.setattr(runner, "PATIENCE_S", 0.3)
-    with pytest.raises(runner.Problem, match="the power sensor gives no reading"):
+    monkeypatch.setattr(power, "PATIENCE_S", 0.3)
+    with pytest.raises(RunnerError, match="the power sensor gives no reading"):
         measure(home, 0.1)
 
 
@@ -239,7 +243,7 @@ def test_the_operating_point_is_read_from_the_system(
     write(root, sys__class__thermal__cooling_device1__cur_state=0)
     text = "import sys\nassert sys.argv[1:] == ['-q']\nprint('NV Fan Mode:quiet\\nNV Power Mode: MAXN_SUPER\\n2')"
     program(tmp_path / "bin", "nvpmodel", text, monkeypatch)
-    assert runner.operating_point() == {
+    assert read_operating_point() == {
         "power_mode": {"name": "MAXN_SUPER", "id": 2},
         "gpu_hz": {"17000000.gpu": 1300500000},
         "cpu_khz": [1510400],
@@ -267,30 +271,32 @@ def point(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_a_throttled_run_is_invalid(after: dict[str, Any], locked: bool, words: str | None) -> None:
-    assert runner.brakes(point(), after, locked) == ([words] if words else [])
+    assert find_slowdowns(point(), after, locked) == ([words] if words else [])
 
 
 def test_a_bench_that_was_slowed_is_invalid_and_done_again(home: Path, root: Path) -> None:
     write(root, sys__class__hwmon__hwmon1__name="soctherm_oc", sys__class__hwmon__hwmon1__oc3_event_cnt=4)
-    watch = runner.Watch(str(home), ["key"])
-    watch.look()
+    watch = Watch(str(home), ["key"])
+    watch.sample()
     write(root, sys__class__hwmon__hwmon1__oc3_event_cnt=5)
-    watch.look()
-    assert watch.brakes(False) == ["the over-current alarm oc3 went off 1 times"]
-    killed = runner.Watch(str(home), ["key"])
-    assert killed.brakes(False) == ["the over-current alarm oc3 went off 1 times"], "also of a process that was killed"
+    watch.sample()
+    assert watch.find_slowdowns(False) == ["the over-current alarm oc3 went off 1 times"]
+    killed = Watch(str(home), ["key"])
+    assert killed.find_slowdowns(False) == ["the over-current alarm oc3 went off 1 times"], (
+        "also of a process that was killed"
+    )
 
 
 def test_a_locked_clock_that_falls_for_one_round_is_seen(home: Path, root: Path) -> None:
     clock = "sys/devices/platform/17000000.gpu/devfreq/17000000.gpu/cur_freq"
     put(root, clock, 10**9)
-    watch = runner.Watch(str(home), ["key"])
+    watch = Watch(str(home), ["key"])
     for hz in (10**9, 5 * 10**8, 10**9):
         put(root, clock, hz)
-        watch.look()
-    watch.end()
-    assert watch.brakes(True) == ["the locked clock of 17000000.gpu fell to 500 MHz in a round"]
-    assert watch.brakes(False) == []
+        watch.sample()
+    watch.finish()
+    assert watch.find_slowdowns(True) == ["the locked clock of 17000000.gpu fell to 500 MHz in a round"]
+    assert watch.find_slowdowns(False) == []
 
 
 # --- clocks ---
@@ -313,9 +319,9 @@ def test_clocks_change_only_when_asked_and_are_put_back(
 ) -> None:
     path = program(tmp_path / "bin", "jetson_clocks", JETSON_CLOCKS, monkeypatch)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    with runner.clocks(str(tmp_path), False):
+    with hold_clocks(str(tmp_path), False):
         assert not path.with_name("log").exists()
-    with pytest.raises(ZeroDivisionError), runner.clocks(str(tmp_path), True):
+    with pytest.raises(ZeroDivisionError), hold_clocks(str(tmp_path), True):
         assert log_of(path) == "--store clocks.saved;;" and (tmp_path / "clocks.saved").exists()
         raise ZeroDivisionError
     assert log_of(path) == "--store clocks.saved;;--restore clocks.saved;" and not (tmp_path / "clocks.saved").exists()
@@ -327,22 +333,22 @@ def test_clocks_that_a_killed_run_left_locked_are_put_back(
     path = program(tmp_path / "bin", "jetson_clocks", JETSON_CLOCKS, monkeypatch)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     (tmp_path / "clocks.saved").write_text("stored")
-    with runner.clocks(str(tmp_path), False):
+    with hold_clocks(str(tmp_path), False):
         assert log_of(path) == "--restore clocks.saved;"
 
 
 def test_locking_clocks_needs_root_and_the_program(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(runner.Problem, match="no jetson_clocks"), runner.clocks(str(tmp_path), True):
+    with pytest.raises(RunnerError, match="no jetson_clocks"), hold_clocks(str(tmp_path), True):
         pass
     program(tmp_path / "bin", "jetson_clocks", JETSON_CLOCKS, monkeypatch)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(runner.Problem, match="only root can change clocks"), runner.clocks(str(tmp_path), True):
+    with pytest.raises(RunnerError, match="only root can change clocks"), hold_clocks(str(tmp_path), True):
         pass
 
 
 def test_a_signal_puts_the_clocks_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = program(tmp_path / "bin", "jetson_clocks", JETSON_CLOCKS, monkeypatch)
-    home = make_bundle(tmp_path / "bundle", protocol=PROTOCOL | {"blocks": 40, "calls": 2000})
+    home = make_bundle(tmp_path / "bundle", protocol=PROTOCOL | {"rounds": 40, "calls_per_round": 2000})
     assert run("build", home)[0] == 0
     code = "import os, runpy, sys; os.geteuid = lambda: 0; del sys.argv[0]; runpy.run_path(sys.argv[0], {}, '__main__')"
     words = [sys.executable, "-c", code, str(runner_path()), "bench", "--bundle", str(home), "--lock-clocks"]

@@ -15,10 +15,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.stages.bench.runner import runner_path
+from edgekd_runner import trtexec
+from edgekd_runner.child_process import explain_failure
 from tests.standins import bundles
-from tests.standins.bundles import CLASSES, SHAPE, engine, found, make_bundle, run, sealed
+from tests.standins.bundles import CLASSES, SHAPE, engine, make_bundle, read_result, run, write_manifest
 
-runner = bundles.module()
 STANDINS = Path(bundles.__file__).parent
 DEVICE = STANDINS / "device"
 BINDINGS, BOTH, TENSORS, TYPED = "8.2.1", "8.6.1", "10.3.0", "11.4.0"
@@ -36,7 +37,7 @@ def student(*precisions: str, file: str = "student.onnx", **changes: Any) -> dic
 
 def plan(home: Path, name: str) -> dict[str, Any]:
     """What the stand-in wrote into an engine: how it was asked to build it."""
-    fact = next(fact for fact in found(home, "build")["engines"] if fact["name"] == name)
+    fact = next(fact for fact in read_result(home, "build")["engines"] if fact["name"] == name)
     head: dict[str, Any] = json.loads((home / "results" / fact["engine"]).read_bytes().partition(b"\n")[0])
     return head
 
@@ -121,20 +122,22 @@ def test_engines_are_built_verified_and_timed_in_every_interface(tmp_path: Path,
     for command in ("build", "verify", "bench"):
         code, lines = run(command, home, **machine(version))
         assert code == 0 and not any("warning" in line for line in lines), lines
-    asked, built = plan(home, "student int8"), found(home, "build")["engines"][1]
+    asked, built = plan(home, "student int8"), read_result(home, "build")["engines"][1]
     assert asked["flags"] == (["TF32"] if typed else ["FP16", "INT8", "TF32"])
     assert asked["network"] == (["EXPLICIT_BATCH"] if version.startswith("8") else [])
     assert 0 < asked["workspace"] <= 4 << 30 and built["workspace_mib"] == asked["workspace"] >> 20
     assert (
-        built["runtime"]["version"] == version and built["device"]["sm"] == "8.7" and built["precision"] == "int8+fp16"
+        built["runtime"]["version"] == version
+        and built["device"]["sm"] == "8.7"
+        and built["compute_precision"] == "int8+fp16"
     )
     assert built["runtime"]["interface"] == ("Bindings" if version == BINDINGS else "Tensors")
     graph = "this CUDA has no cudaGraphInstantiateWithFlags" if version == BINDINGS else "captured"
     assert built["cuda_graph"] == graph
     assert (home / "results" / built["layers"]).read_text().startswith("{")
-    verified = found(home, "verify")["engines"]
+    verified = read_result(home, "verify")["engines"]
     assert [fact["passes"] for fact in verified] == [True, True] and verified[1]["max_difference"] < 1e-4
-    bench = found(home, "bench")
+    bench = read_result(home, "bench")
     manifest = json.loads((home / "manifest.json").read_text())
     assert bench["models"][1]["sha256"] == manifest["files"]["models/pairs.onnx"]["sha256"]
     assert all(len(model["compute_ms"]) == 200 and min(model["compute_ms"]) > 0 for model in bench["models"])
@@ -155,7 +158,7 @@ def test_an_engine_is_built_once_and_again_where_something_changed(tmp_path: Pat
 
     def built(version: str) -> dict[str, Any]:
         assert run("build", home, **machine(version))[0] == 0
-        fact: dict[str, Any] = found(home, "build")["engines"][0]
+        fact: dict[str, Any] = read_result(home, "build")["engines"][0]
         return fact
 
     first, second = built(TENSORS), built(TENSORS)
@@ -172,12 +175,12 @@ def test_an_engine_is_built_once_and_again_where_something_changed(tmp_path: Pat
 def test_a_network_that_leaves_its_batch_open_is_built_for_one_image(tmp_path: Path) -> None:
     home = bundle(tmp_path / "bundle")
     bundles.network(home / "models" / "student.onnx", 8, seed=2, batch="N")
-    sealed(home, json.loads((home / "manifest.json").read_text()))
+    write_manifest(home, json.loads((home / "manifest.json").read_text()))
     for version in (BINDINGS, TENSORS):
         for command in ("build", "verify"):
             code, lines = run(command, home, **machine(version))
             assert code == 0, lines
-        assert found(home, "verify")["engines"][0]["passes"]
+        assert read_result(home, "verify")["engines"][0]["passes"]
 
 
 CACHE = "TRT-8601-EntropyCalibration2\nx: 3c010a14\n"
@@ -197,7 +200,7 @@ def test_implicit_int8_on_a_dla_takes_its_scales_from_the_cache(tmp_path: Path) 
     home = with_cache(tmp_path / "bundle", dla=1)
     code, lines = run("build", home, **machine(BOTH, STANDIN_DLA="2"))
     assert code == 0, lines
-    asked, fact = plan(home, "student int8"), found(home, "build")["engines"][0]
+    asked, fact = plan(home, "student int8"), read_result(home, "build")["engines"][0]
     assert asked["flags"] == ["FP16", "GPU_FALLBACK", "INT8", "TF32"] and asked["dla"] == 1 and asked["scales"] == CACHE
     assert fact["on_dla"] == {"layers": 3, "of": 4} and fact["cuda_graph"] == "not valid on a DLA"
     assert run("verify", home, **machine(BOTH, STANDIN_DLA="2"))[0] == 0
@@ -223,7 +226,7 @@ def test_what_cannot_be_built_is_told_with_its_remedy(
     home = bundle(tmp_path / "bundle", row)
     code, lines = run("build", home, **machine(version, **more))
     assert code == 1 and words in lines[-1]["error"] and lines[-1]["hint"], lines
-    assert words in found(home, "build")["engines"][0]["error"]
+    assert words in read_result(home, "build")["engines"][0]["error"]
 
 
 def test_a_cache_of_another_tensorrt_is_refused(tmp_path: Path) -> None:
@@ -235,7 +238,7 @@ def test_a_cache_of_another_tensorrt_is_refused(tmp_path: Path) -> None:
 def test_a_build_that_ran_out_of_memory_is_tried_with_less(tmp_path: Path) -> None:
     home = bundle(tmp_path / "bundle")
     code, lines = run("build", home, **machine(TENSORS, STANDIN_FAIL="oom once"))
-    fact = found(home, "build")["engines"][0]
+    fact = read_result(home, "build")["engines"][0]
     assert code == 0 and any("trying again with less memory" in line.get("hint", "") for line in lines)
     assert fact["frugal"] and fact["workspace_mib"] == 256 and fact["recipe"]["level"] == 1
 
@@ -246,7 +249,7 @@ def test_an_operator_that_tensorrt_does_not_know_is_named(tmp_path: Path) -> Non
     model = onnx.load(path)
     model.graph.node[2].op_type = "Shrink"
     onnx.save(model, path)
-    sealed(home, json.loads((home / "manifest.json").read_text()))
+    write_manifest(home, json.loads((home / "manifest.json").read_text()))
     code, lines = run("build", home, **machine(TENSORS))
     assert code == 1 and "No importer registered for op: Shrink" in lines[-1]["error"]
     assert "node 2" in lines[-1]["error"] and "--jetpack" in lines[-1]["hint"]
@@ -256,16 +259,19 @@ def test_a_graph_that_cannot_be_captured_is_done_without(tmp_path: Path) -> None
     home = bundle(tmp_path / "bundle")
     for command in ("build", "verify"):
         assert run(command, home, **machine(TENSORS, STANDIN_FAIL="capture"))[0] == 0
-    assert found(home, "build")["engines"][0]["cuda_graph"] == "TensorRT's kernels cannot be captured"
-    assert found(home, "verify")["engines"][0]["passes"]
+    assert read_result(home, "build")["engines"][0]["cuda_graph"] == "TensorRT's kernels cannot be captured"
+    assert read_result(home, "verify")["engines"][0]["passes"]
 
 
 def test_an_engine_that_answers_otherwise_than_the_host_is_not_recommended(tmp_path: Path) -> None:
     home = bundle(tmp_path / "bundle")
     for command in ("build", "verify", "bench"):
         assert run(command, home, **machine(TENSORS, STANDIN_FAIL="answers"))[0] == 0
-    assert not found(home, "verify")["engines"][0]["passes"]
-    assert found(home, "bench")["recommended"] == {"name": None, "reason": "no student answers as on the host"}
+    assert not read_result(home, "verify")["engines"][0]["passes"]
+    assert read_result(home, "bench")["recommended"] == {
+        "name": None,
+        "reason": "no student answers as on the host",
+    }
 
 
 def test_doctor_asks_for_tensorrt_where_it_is_missing(tmp_path: Path) -> None:
@@ -274,7 +280,7 @@ def test_doctor_asks_for_tensorrt_where_it_is_missing(tmp_path: Path) -> None:
     assert code == 1 and "tensorrt: No module named 'tensorrt'" in lines[-1]["error"]
     assert "python3-libnvinfer" in lines[-1]["hint"]
     code, lines = run("doctor", home, **machine(TENSORS))
-    doctor = found(home, "doctor")
+    doctor = read_result(home, "doctor")
     assert code == 0 and doctor["versions"]["tensorrt"] == TENSORS and doctor["device"]["cuda"] == "12.6"
     assert [line["warning"] for line in lines][0] == "the bundle is for the board orin-nano, this is no Jetson"
 
@@ -294,8 +300,8 @@ def test_doctor_asks_for_tensorrt_where_it_is_missing(tmp_path: Path) -> None:
         ("The engine plan file is generated on an incompatible device, expecting", "on another device", "build"),
         ("plan file is not compatible with this version of TensorRT, expecting library version", "another", "build"),
         ("only activation types allowed as input to this layer", "Q/DQ pairs", "edgekd lint"),
-        ("Assertion failed: shiftIsAllZeros && \"zero point must be zero\"", "Q/DQ pairs", "dialect"),
-        ("Non-zero zero point is not supported", "Q/DQ pairs", "dialect"),
+        ("Assertion failed: shiftIsAllZeros && \"zero point must be zero\"", "Q/DQ pairs", "scheme"),
+        ("Non-zero zero point is not supported", "Q/DQ pairs", "scheme"),
         ("Could not find any implementation for node conv1 + relu", "no kernel for a node", "edgekd lint"),
         ("Cuda failure: 222", "driver is older", "L4T"),
         ("CUDA driver version is insufficient for CUDA runtime version", "driver is older", "driver"),
@@ -304,16 +310,16 @@ def test_doctor_asks_for_tensorrt_where_it_is_missing(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_tensorrt_says_when_it_fails_has_a_meaning_and_a_remedy(words: str, meaning: str, remedy: str) -> None:
     for problem in (
-        runner.diagnose({}, f"before\n{words}\n", -6),
-        runner.diagnose({"error": words, "hint": "?"}, "", 1),
+        explain_failure({}, f"before\n{words}\n", -6),
+        explain_failure({"error": words, "hint": "?"}, "", 1),
     ):
         assert meaning in problem.error and words in problem.error and remedy in problem.hint and problem.code == 1
 
 
 def test_words_that_nobody_knows_are_passed_on() -> None:
-    problem = runner.diagnose({"error": "the moon is full", "hint": "wait"}, "", 1)
+    problem = explain_failure({"error": "the moon is full", "hint": "wait"}, "", 1)
     assert (problem.error, problem.hint) == ("the moon is full", "wait")
-    wrong = runner.diagnose({"error": "out of memory is a model's name", "hint": "h"}, "", 2)
+    wrong = explain_failure({"error": "out of memory is a model's name", "hint": "h"}, "", 2)
     assert (wrong.error, wrong.code) == ("out of memory is a model's name", 2)
 
 
@@ -358,34 +364,34 @@ TIMES = "--warmUp=2000 --duration=15 --iterations=1000 --avgRuns=100"
 RANKS = "--percentile=50,90,95,99"
 LAYERS = "--dumpProfile --separateProfileRun --exportProfile=t/profile.json"
 GOLDEN = {
-    ("8.2", "compute"): f"--noDataTransfers --useSpinWait --useCudaGraph --streams=1 {TIMES} --percentile=99",
-    ("8.2", "end to end"): f"--useSpinWait --useCudaGraph --streams=1 {TIMES} --percentile=99",
+    ("8.2", "inference_only"): f"--noDataTransfers --useSpinWait --useCudaGraph --streams=1 {TIMES} --percentile=99",
+    ("8.2", "end_to_end"): f"--useSpinWait --useCudaGraph --streams=1 {TIMES} --percentile=99",
     ("8.2", "layers"): f"--useSpinWait --useCudaGraph --streams=1 {LAYERS}",
-    ("8.5", "compute"): f"--noDataTransfers --useSpinWait --useCudaGraph --streams=1 {TIMES} {RANKS}",
-    ("8.6", "end to end"): f"--useSpinWait --useCudaGraph --infStreams=1 {TIMES} {RANKS}",
-    ("10.3", "compute"): f"--noDataTransfers --useSpinWait --useCudaGraph --infStreams=1 {TIMES} {RANKS}",
+    ("8.5", "inference_only"): f"--noDataTransfers --useSpinWait --useCudaGraph --streams=1 {TIMES} {RANKS}",
+    ("8.6", "end_to_end"): f"--useSpinWait --useCudaGraph --infStreams=1 {TIMES} {RANKS}",
+    ("10.3", "inference_only"): f"--noDataTransfers --useSpinWait --useCudaGraph --infStreams=1 {TIMES} {RANKS}",
     ("10.3", "layers"): f"--useSpinWait --useCudaGraph --infStreams=1 {LAYERS} --profilingVerbosity=detailed",
-    ("11.4", "compute"): f"--infStreams=1 {TIMES} {RANKS}",
-    ("11.4", "end to end"): f"--includeDataTransfers --infStreams=1 {TIMES} {RANKS}",
+    ("11.4", "inference_only"): f"--infStreams=1 {TIMES} {RANKS}",
+    ("11.4", "end_to_end"): f"--includeDataTransfers --infStreams=1 {TIMES} {RANKS}",
     ("11.4", "layers"): "--infStreams=1 --dumpProfile --exportProfile=t/profile.json --profilingVerbosity=detailed",
 }
 
 
 @pytest.mark.parametrize(("version", "scope"), GOLDEN)
 def test_commands_of_trtexec_are_made_of_flags_that_it_lists(version: str, scope: str) -> None:
-    command = runner.compose("trtexec", helped(version), "e.engine", scope, "t")
+    command = trtexec.compose_command("trtexec", helped(version), "e.engine", scope, "t")
     export = "--exportLayerInfo=t/layers.json" if scope == "layers" else "--exportTimes=t/times.json"
     assert " ".join(command) == f"trtexec --loadEngine=e.engine {GOLDEN[version, scope]} {export}"
 
 
 def test_a_dla_runs_without_a_graph() -> None:
-    command = runner.compose("trtexec", helped("10.3"), "e", "compute", "t", dla=1)
+    command = trtexec.compose_command("trtexec", helped("10.3"), "e", "inference_only", "t", dla=1)
     assert "--useDLACore=1" in command and "--useCudaGraph" not in command
-    assert "--noCudaGraph" in runner.compose("trtexec", helped("11.4"), "e", "compute", "t", dla=0)
+    assert "--noCudaGraph" in trtexec.compose_command("trtexec", helped("11.4"), "e", "inference_only", "t", dla=0)
 
 
 def test_a_flag_that_the_help_only_talks_about_is_not_one() -> None:
-    assert "--exportOutput" not in runner.known_flags(helped("10.3"))
+    assert "--exportOutput" not in trtexec.list_flags(helped("10.3"))
 
 
 def row(start_ms: float, compute_ms: float) -> dict[str, float]:
@@ -400,10 +406,10 @@ def row(start_ms: float, compute_ms: float) -> dict[str, float]:
 
 def test_the_warm_up_in_the_times_of_an_old_trtexec_does_not_count() -> None:
     old = [row(10, 9.0), row(1999, 9.0)] + [row(2000 + i, 1.0 + i) for i in range(10)]
-    times = runner.read_times(old, 2000)
+    times = trtexec.read_times(old, 2000)
     assert times["computeMs"] == {"p50": 5, "p90": 9, "p95": 10, "p99": 10, "n": 10, "min": 1, "mean": 5.5}
-    assert times["latencyMs"]["p50"] == 5.5 and times == runner.read_times(old[2:], 2000)
-    assert runner.read_times([], 2000) == {}
+    assert times["latencyMs"]["p50"] == 5.5 and times == trtexec.read_times(old[2:], 2000)
+    assert trtexec.read_times([], 2000) == {}
 
 
 OLD_SUMMARY = """&&&& RUNNING TensorRT.trtexec [TensorRT v8201] # trtexec --loadEngine=e
@@ -424,7 +430,7 @@ NEW_SUMMARY = """&&&& RUNNING TensorRT.trtexec [TensorRT v100300] [b26] # trtexe
 
 
 def test_summaries_of_old_and_new_trtexecs_are_read() -> None:
-    old, new = runner.read_summary(OLD_SUMMARY), runner.read_summary(NEW_SUMMARY)
+    old, new = trtexec.read_summary(OLD_SUMMARY), trtexec.read_summary(NEW_SUMMARY)
     assert old["version"] == "8201" and old["enqueue_bound"] and not old["unstable"]
     assert old["ms"]["Throughput"] == {"qps": 1063.11} and old["ms"]["GPU Compute Time"]["percentile(99%)"] == 0.1
     assert old["ms"]["Latency"]["median"] == 0.925 and "End-to-End Host Latency" in old["ms"]
@@ -434,14 +440,16 @@ def test_summaries_of_old_and_new_trtexecs_are_read() -> None:
 def test_layers_are_read_from_every_dialect() -> None:
     old = [{"count": 100}, {"name": "conv", "timeMs": 5, "averageMs": 0.05, "percentage": 80}]
     new = [{"count": 100}, {"name": "conv", "timeMs": 5, "averageMs": 0.05, "medianMs": 0.04, "percentage": 80}]
-    assert runner.read_profile(old) == runner.read_profile(new) == [{"name": "conv", "average_ms": 0.05, "percent": 80}]
+    assert (
+        trtexec.read_profile(old) == trtexec.read_profile(new) == [{"name": "conv", "average_ms": 0.05, "percent": 80}]
+    )
     plain = {"Layers": ["conv", "relu"], "Bindings": ["x"]}
     outputs = [
         {"Name": "y", "Dimensions": [1, 8], "Format/Datatype": "Thirty-two wide channel vectorized row major Int8"}
     ]
     detailed = {"Layers": [{"Name": "conv", "Outputs": outputs}], "I/O Tensors": ["x"]}
-    assert runner.read_layers(plain) == [{"name": "conv", "precision": ""}, {"name": "relu", "precision": ""}]
-    assert runner.read_layers(detailed) == [{"name": "conv", "precision": "Int8"}]
+    assert trtexec.read_layers(plain) == [{"name": "conv", "precision": ""}, {"name": "relu", "precision": ""}]
+    assert trtexec.read_layers(detailed) == [{"name": "conv", "precision": "Int8"}]
 
 
 TRTEXEC = """#!{python}
@@ -470,12 +478,15 @@ def test_trtexec_is_asked_for_a_second_opinion(tmp_path: Path) -> None:
     options = machine(TENSORS, PATH=f"{program.parent}:{os.environ['PATH']}")
     for command in ("build", "bench"):
         assert run(command, home, **options)[0] == 0
-    told = found(home, "bench")["trtexec"]
+    told = read_result(home, "bench")["trtexec"]
     said = told["engines"]["student fp32"]
-    assert told["path"] == str(program) and set(said) == {"compute", "end to end", "layers"}
-    assert said["compute"]["times_ms"]["computeMs"]["p50"] == 0.4 and said["compute"]["version"] == "100300"
+    assert told["path"] == str(program) and set(said) == {"inference_only", "end_to_end", "layers"}
     assert (
-        "--noDataTransfers" in said["compute"]["command"] and "--noDataTransfers" not in said["end to end"]["command"]
+        said["inference_only"]["times_ms"]["computeMs"]["p50"] == 0.4 and said["inference_only"]["version"] == "100300"
+    )
+    assert (
+        "--noDataTransfers" in said["inference_only"]["command"]
+        and "--noDataTransfers" not in said["end_to_end"]["command"]
     )
     assert "no kernel for a node" in said["layers"]["reason"]
 
@@ -483,14 +494,14 @@ def test_trtexec_is_asked_for_a_second_opinion(tmp_path: Path) -> None:
 def test_a_job_times_an_engine_from_and_to_the_memory_of_the_device(tmp_path: Path) -> None:
     home = bundle(tmp_path / "bundle", student("fp32"))
     run("build", home, **machine(TENSORS))
-    engine_file = home / "results" / found(home, "build")["engines"][0]["engine"]
+    engine_file = home / "results" / read_result(home, "build")["engines"][0]["engine"]
     job = {
         "runtime": "tensorrt",
         "threads": 1,
-        "scope": "model",
+        "scope": "inference_only",
         "models": [{"name": name, "path": str(engine_file)} for name in ("it", "it again")],
         "inputs": str(home / "inputs.npy"),
-        "protocol": {"blocks": 3, "calls": 4, "warmup_s": 0.0, "warmup_calls": 1, "seed": 0},
+        "protocol": {"rounds": 3, "calls_per_round": 4, "warmup_s": 0.0, "warmup_calls": 1, "seed": 0},
     }
     (tmp_path / "job.json").write_text(json.dumps(job))
     words = [sys.executable, str(runner_path()), "bench", "--job", str(tmp_path / "job.json"), "--out", str(tmp_path)]

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekd.core.method import Batch, Lesson, play
+from edgekd.core.method import Batch, TrainingContext, run_phases
 from edgekd.errors import ConfigError
 from edgekd.methods.depth_dynamic import DepthDynamic
-from edgekd.training.architecture_diff import difference, operated
-from edgekd.training.subnets import Stage, stages, subnet
+from edgekd.tasks.classification import Classification
+from edgekd.training.architecture_diff import apply_diff, diff_architectures
+from edgekd.training.subnets import SkippableStage, build_subnet, find_stages
 from tests import zoo
 
 
@@ -127,25 +128,25 @@ def a_batch() -> Tensor:
 
 
 def test_blocks_of_a_list_that_a_loop_runs_can_be_skipped() -> None:
-    assert stages(Looped().eval(), a_batch()) == [Stage("stage1", 4, 1), Stage("stage2", 2, 1)]
+    assert find_stages(Looped().eval(), a_batch()) == [SkippableStage("stage1", 4, 1), SkippableStage("stage2", 2, 1)]
 
 
 @pytest.mark.parametrize("kind", [Counted, Collected, Summed, Paired, Shrunk, Recurrent, Reversed, Indexed])
 def test_a_list_that_is_run_otherwise_stays_whole(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
-    assert stages(kind().eval(), a_batch()) == []
+    assert find_stages(kind().eval(), a_batch()) == []
 
 
 @pytest.mark.parametrize("kind", [Second, Pooled])
 def test_a_block_that_is_read_by_its_number_stays_with_those_before_it(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
-    assert stages(kind().eval(), a_batch()) == [Stage("blocks", 3, 2)]
+    assert find_stages(kind().eval(), a_batch()) == [SkippableStage("blocks", 3, 2)]
 
 
 def test_looking_for_stages_leaves_a_network_as_it_was() -> None:
     net = Looped().eval()
     before = copy.deepcopy(net.state_dict())
-    stages(net, a_batch())
+    find_stages(net, a_batch())
     assert len(net.stage1) == 4 and not any(module._forward_hooks for module in net.modules())
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
 
@@ -153,36 +154,36 @@ def test_looking_for_stages_leaves_a_network_as_it_was() -> None:
 def test_a_subnet_of_a_list_answers_as_a_network_cut_by_hand() -> None:
     torch.manual_seed(0)
     whole, x = Looped().eval(), a_batch()
-    net, cut = subnet(whole, stages(whole, x), (2, 1), private=True), copy.deepcopy(whole)
+    net, cut = build_subnet(whole, find_stages(whole, x), (2, 1), private=True), copy.deepcopy(whole)
     cut.stage1, cut.stage2 = cut.stage1[:2], cut.stage2[:1]
     with torch.no_grad():
         assert torch.equal(net.module(x), cut(x)) and torch.equal(net.alone()(x), cut(x))
     assert len(whole.stage1) == 4, "the whole network keeps its blocks"
 
 
-def a_lesson(student: nn.Module) -> Lesson:
+def a_context(student: nn.Module) -> TrainingContext:
     batch = Batch(a_batch(), torch.arange(6) % zoo.CLASSES, torch.arange(6), 0.0)
-    return Lesson(student.eval(), (), 4, zoo.CLASSES, lambda count: iter([batch]))
+    return TrainingContext(student.eval(), (), 4, zoo.CLASSES, lambda count: iter([batch]), Classification())
 
 
 def test_depth_dynamic_makes_plain_networks_of_lists_that_their_own_code_builds_again() -> None:
     torch.manual_seed(0)
-    lesson = a_lesson(Looped())
-    made = play(DepthDynamic().teach(lesson), lambda phase: None)  # type: ignore[arg-type, return-value]
+    lesson = a_context(Looped())
+    made = run_phases(DepthDynamic().phases(lesson), lambda phase: None)  # type: ignore[arg-type, return-value]
     assert list(made) == ["student", "depth-1-1", "depth-2-1"]
     for network in made.values():
         assert type(network) is Looped
         built = Looped()
-        again = operated(built, difference(built, network))
+        again = apply_diff(built, diff_architectures(built, network))
         again.load_state_dict(network.state_dict())
         assert torch.equal(again.eval()(a_batch()), network.eval()(a_batch()))
 
 
 def test_its_losses_on_lists_are_finite_and_reach_every_block() -> None:
     torch.manual_seed(0)
-    lesson = a_lesson(Looped())
-    phase = next(DepthDynamic().teach(lesson))
-    losses = torch.stack([*phase.loss(next(lesson.sample(1))).values()])
+    lesson = a_context(Looped())
+    phase = next(DepthDynamic().phases(lesson))
+    losses = torch.stack([*phase.loss(next(lesson.first_batches(1))).values()])
     losses.sum().backward()
     assert losses.isfinite().all()
     assert all(p.grad is not None and p.grad.isfinite().all() for m in phase.trains for p in m.parameters())
@@ -190,4 +191,4 @@ def test_its_losses_on_lists_are_finite_and_reach_every_block() -> None:
 
 def test_a_student_of_a_list_that_is_not_run_in_a_loop_is_refused() -> None:
     with pytest.raises(ConfigError, match="Counted has no blocks that can be skipped"):
-        next(DepthDynamic().teach(a_lesson(Counted())))
+        next(DepthDynamic().phases(a_context(Counted())))

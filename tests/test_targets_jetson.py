@@ -8,15 +8,16 @@ import onnx
 import pytest
 
 from edgekd.cli import main
-from edgekd.config import configured, on_device
+from edgekd.config import load_config, with_device_settings
 from edgekd.core import serialization
-from edgekd.core.quant_scheme import DIALECTS
+from edgekd.core.quant_scheme import QUANT_SCHEMES
 from edgekd.core.target import Target
 from edgekd.errors import ConfigError
 from edgekd.methods.supervised import Supervised
 from edgekd.models.resnet import ResNet
-from edgekd.pipelines.build import build, headline, summary
-from edgekd.pipelines.deploy import builds, named
+from edgekd.pipelines.build import build
+from edgekd.pipelines.build_result import build_summary, format_build
+from edgekd.pipelines.deploy import builds_engines, label_targets
 from edgekd.targets.cpu import Cpu
 from edgekd.targets.jetson import Jetson
 from edgekd.targets.tensorrt import TensorRt
@@ -25,7 +26,7 @@ ALL = ("fp32", "fp16", "int8")
 
 
 @pytest.mark.parametrize(
-    ("jetpack", "board", "dla", "engines", "opset", "typed", "core", "dialect"),
+    ("jetpack", "board", "dla", "engines", "opset", "typed", "core", "scheme"),
     [
         ("4.6", "nano", False, ("fp32", "fp16"), 13, False, None, "tensorrt"),
         ("4.6", "xavier-nx", False, ALL, 13, False, None, "tensorrt"),
@@ -38,22 +39,26 @@ ALL = ("fp32", "fp16", "int8")
         ("7.2", "agx-orin", True, ALL, 24, True, None, "tensorrt"),
     ],
 )
-def test_a_jetson_is_sent_what_its_jetpack_and_board_can_do(jetpack, board, dla, engines, opset, typed, core, dialect):
+def test_a_jetson_is_sent_what_its_jetpack_and_board_can_do(jetpack, board, dla, engines, opset, typed, core, scheme):
     target = Jetson(jetpack=jetpack, board=board, dla=dla)
-    sent = target.delivery
+    sent = target.deployment_plan
     assert (sent.engines, sent.opset, sent.typed, sent.dla) == (engines, opset, typed, core)
     assert (sent.jetpack, sent.board) == (jetpack, board) and sent.tensorrt and sent.why
-    assert target.dialect == DIALECTS[dialect]
+    assert target.scheme == QUANT_SCHEMES[scheme]
     assert bool(sent.instead) == (board == "nano" or dla != (core is not None))
-    assert target.planned().board.title in target.missing() and builds(target)
+    assert target.engine_plan().board.title in target.unavailable_reason() and builds_engines(target)
 
 
 def test_a_workstation_is_sent_strongly_typed_networks_and_says_what_it_lacks():
     target = TensorRt()
-    assert (target.delivery.engines, target.delivery.typed, target.dialect) == (ALL, True, DIALECTS["tensorrt"])
-    found = target.missing()
+    assert (target.deployment_plan.engines, target.deployment_plan.typed, target.scheme) == (
+        ALL,
+        True,
+        QUANT_SCHEMES["tensorrt"],
+    )
+    found = target.unavailable_reason()
     assert not found or "tensorrt is not installed" in found or "NVIDIA driver" in found
-    assert builds(target)
+    assert builds_engines(target)
 
 
 def test_what_does_not_exist_or_fit_is_refused_before_anything_is_built():
@@ -66,25 +71,25 @@ def test_what_does_not_exist_or_fit_is_refused_before_anything_is_built():
         ({"jetpak": "6.2"}, "did you mean `jetpack`"),
     ):
         with pytest.raises(ConfigError) as refused:
-            serialization.load(Target, {"use": "jetson", **settings})
+            serialization.from_json(Target, {"use": "jetson", **settings})
         assert says in str(refused.value)
 
 
 def test_the_command_line_sets_what_targets_have():
-    config = configured("digits", (), ("cpu", "jetson"), True)
-    assert on_device(config, jetpack=None, board=None, dla=None) == config
-    targets = on_device(config, jetpack="7.1", board="thor", dla=None).targets
+    config = load_config("digits", (), ("cpu", "jetson"), True)
+    assert with_device_settings(config, jetpack=None, board=None, dla=None) == config
+    targets = with_device_settings(config, jetpack="7.1", board="thor", dla=None).targets
     assert targets == (Cpu(), Jetson(jetpack="7.1", board="thor"))
     with pytest.raises(ConfigError, match="no target has the setting jetpack\n\nhint: name a Jetson"):
-        on_device(configured("digits", (), ("cpu",), True), jetpack="6.2", board=None, dla=None)
+        with_device_settings(load_config("digits", (), ("cpu",), True), jetpack="6.2", board=None, dla=None)
 
 
 def test_two_jetsons_are_told_apart_by_their_settings():
     both = (Jetson(), Jetson(board="agx-orin", dla=True))
-    assert list(named(both)) == ["jetson-orin-nano-6.2", "jetson-agx-orin-6.2-dla"]
-    assert list(named((Cpu(), Jetson()))) == ["cpu", "jetson"]
+    assert list(label_targets(both)) == ["jetson-orin-nano-6.2", "jetson-agx-orin-6.2-dla"]
+    assert list(label_targets((Cpu(), Jetson()))) == ["cpu", "jetson"]
     with pytest.raises(ConfigError, match="a target is there twice"):
-        named((Jetson(), Jetson()))
+        label_targets((Jetson(), Jetson()))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +114,7 @@ def test_a_mistake_on_the_command_line_ends_with_code_2(words, says, capsys, mon
 @pytest.fixture(scope="module")
 def config():
     """Small networks, for a processor, a Jetson with INT8 and one without."""
-    config = configured("digits", (), ("cpu",), True)
+    config = load_config("digits", (), ("cpu",), True)
     tiny = ResNet(depth=8, width=4)
     student = replace(config.student, model=tiny, method=Supervised(), baselines=(), epochs=1)
     targets = (Cpu(), Jetson(), Jetson(jetpack="4.6", board="nano"))
@@ -135,8 +140,8 @@ def test_a_build_without_a_board_ends_with_a_bundle_and_says_what_to_type(built)
         assert (out / f"bundle-{bench.target}" / "manifest.json").is_file()
     assert "INT8 is not available on SM 5.3" in nano.not_measured and "INT8 is not" not in orin.not_measured
     assert not (out / "bundle-cpu").exists()
-    assert set(summary(record)["not_measured"]) == {orin.target, nano.target}
-    for text in (headline(record), (out / "report.html").read_text(), (out / "report.md").read_text()):
+    assert set(build_summary(record)["not_measured"]) == {orin.target, nano.target}
+    for text in (format_build(record), (out / "report.html").read_text(), (out / "report.md").read_text()):
         assert "not measured on device" in text and "not measured: not measured" not in text
 
 

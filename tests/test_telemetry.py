@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import edgekd
+from edgekd._environment import TELEMETRY_OFF
 
 ROOT = Path(__file__).parent.parent
 HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
@@ -62,7 +62,7 @@ class Watch:
         consent = home / "user" / "intel" / "openvino_telemetry"
         consent.parent.mkdir(parents=True)
         consent.write_text("1")
-        quiet = ("CI", "TF_BUILD", "JENKINS_URL", *edgekd.TELEMETRY_OFF)  # what would keep packages quiet anyway
+        quiet = ("CI", "TF_BUILD", "JENKINS_URL", *TELEMETRY_OFF)  # what would keep packages quiet anyway
         self.environment = {k: v for k, v in os.environ.items() if k not in quiet}
         self.environment |= {"HOME": str(home / "user"), "PYTHONPATH": f"{home / 'site'}{os.pathsep}{ROOT}"}
 
@@ -98,7 +98,7 @@ def test_the_trap_catches_what_python_and_what_the_kernel_is_asked(tmp_path):
 
 @pytest.mark.skipif(not SENDER, reason="openvino_telemetry is not installed (pip install openvino)")
 def test_openvino_would_send_and_does_not_once_edgekd_is_imported(tmp_path):
-    for name, code, sends in (("a", "import openvino", True), ("b", "import edgekd, openvino", False)):
+    for name, code, sends in (("a", "import openvino", True), ("b", "import edgekd.api, openvino", False)):
         (tmp_path / name).mkdir()
         watch = Watch(tmp_path / name, native=False)
         assert watch.run("-c", code, cwd=tmp_path).returncode == 0
@@ -106,13 +106,19 @@ def test_openvino_would_send_and_does_not_once_edgekd_is_imported(tmp_path):
 
 
 def test_every_switch_is_off_before_anything_else_is_imported():
-    values = "*(os.environ[k] for k in edgekd.TELEMETRY_OFF), sys.modules['openvino_telemetry']"
-    code = f"import edgekd, os, sys; print({values})"
-    contrary = os.environ | dict.fromkeys(edgekd.TELEMETRY_OFF, "0")
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=contrary, capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    assert done.stdout.split() == ["1"] * len(edgekd.TELEMETRY_OFF) + ["None"]
+    values = f"*(os.environ[k] for k in {list(TELEMETRY_OFF)}), sys.modules['openvino_telemetry']"
+    contrary = os.environ | dict.fromkeys(TELEMETRY_OFF, "0")
+    for use in (
+        "import edgekd.api",
+        "import edgekd; edgekd.build",
+        "import edgekd; edgekd.methods",
+        "import edgekd.cli.main",
+    ):
+        code = f"import os, sys; {use}; print({values})"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=contrary, capture_output=True, text=True, check=True, cwd=ROOT
+        )
+        assert done.stdout.split() == ["1"] * len(TELEMETRY_OFF) + ["None"]
 
 
 @pytest.mark.slow

@@ -9,52 +9,53 @@ import pytest
 import torch
 
 from edgekd.core.artifact import File
-from edgekd.core.dataset import Augment
-from edgekd.core.method import Lesson, Method, Phase
+from edgekd.core.augment import Augment
+from edgekd.core.method import Method, Phase, TrainingContext
 from edgekd.core.model import Model
 from edgekd.errors import CheckpointError, ConfigError, DataError, TrainingError
 from edgekd.methods.supervised import Supervised
 from edgekd.models.python import Python
 from edgekd.models.resnet import ResNet
-from edgekd.stages.distill.distill import adopt, distill, introduce
-from edgekd.stages.distill.setup import Course, a_trainer, check_answers
+from edgekd.stages.distill.distill import distill, load_pretrained, log_teacher_accuracy
+from edgekd.stages.distill.setup import TrainingPlan, build_trainer, check_outputs
+from edgekd.tasks.classification import Classification
 from edgekd.training import checkpoint
-from edgekd.training.losses import soft_kl
-from edgekd.training.trainer import TrainConfig, diverged, finite
+from edgekd.training.losses import kd_loss
+from edgekd.training.trainer import TrainConfig, all_finite, divergence_error
 from tests import zoo
 
 
 def test_the_rate_rises_linearly_then_falls_as_a_cosine_to_zero():
-    config = TrainConfig(lr=0.4, warmup=0.2)
-    assert config.rate(0.1) == pytest.approx(0.2)
-    assert config.rate(0.2) == pytest.approx(0.4)
-    assert config.rate(0.6) == pytest.approx(0.2)
-    assert config.rate(1.0) == pytest.approx(0.0)
+    config = TrainConfig(lr=0.4, warmup_fraction=0.2)
+    assert config.lr_at(0.1) == pytest.approx(0.2)
+    assert config.lr_at(0.2) == pytest.approx(0.4)
+    assert config.lr_at(0.6) == pytest.approx(0.2)
+    assert config.lr_at(1.0) == pytest.approx(0.0)
 
 
 def test_softened_logits_by_hand():
     # T = 2: teacher (0, 2 ln 3) -> (1/4, 3/4), student (0, 0) -> (1/2, 1/2)
     teacher = torch.tensor([[0.0, 2 * torch.log(torch.tensor(3.0)).item()]])
     want = 4 * (0.25 * torch.log(torch.tensor(0.5)) + 0.75 * torch.log(torch.tensor(1.5)))
-    assert soft_kl(torch.zeros(1, 2), teacher, 2.0).item() == pytest.approx(want.item(), rel=1e-5)
+    assert kd_loss(torch.zeros(1, 2), teacher, 2.0).item() == pytest.approx(want.item(), rel=1e-5)
 
 
 class Exploding(Method):
-    def teach(self, lesson):
-        student = lesson.student
+    def phases(self, ctx):
+        student = ctx.student
 
         def loss(batch):
-            return {"task": student(batch.x).sum() * (float("nan") if batch.progress > 0.5 else 1e-6)}
+            return {"task": student(batch.images).sum() * (float("nan") if batch.progress > 0.5 else 1e-6)}
 
-        yield Phase("explode", trains=(student,), loss=loss, epochs=lesson.epochs)
+        yield Phase("explode", trains=(student,), loss=loss, epochs=ctx.epochs)
         return {"student": student}
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_finished_epochs(tmp_path):
-    task = zoo.blobs_task(tmp_path / "data")
-    course = Course(4, TrainConfig(batch=16, precision="fp32"), Augment(), 0)
+    dataset = zoo.blobs_dataset(tmp_path / "data")
+    course = TrainingPlan(4, TrainConfig(batch=16, precision="fp32"), Augment(), 0)
     with pytest.raises(TrainingError) as error:
-        distill(tmp_path, "s", task, ResNet(8, 4), Exploding(), course, ())
+        distill(tmp_path, "s", dataset, ResNet(8, 4), Exploding(), course, ())
     assert "loss `task` is not finite in phase `explode`, epoch 3, step 2 (task nan)" in str(error.value)
     assert "lower train.lr" in error.value.hint
     assert list(tmp_path.rglob("epoch.pt"))
@@ -66,44 +67,46 @@ class Steep(Method):
 
     tame: bool = False
 
-    def teach(self, lesson):
-        student = lesson.student
+    def phases(self, ctx):
+        student = ctx.student
 
         def loss(batch):
-            answer = student(batch.x)
+            answer = student(batch.images)
             chosen = torch.nn.functional.dropout(torch.ones(()), 0.8)
             root = (answer - answer.detach()).abs().sum() * chosen + (1.0 if self.tame else 1 - chosen / 5)
             return {"task": 1e-6 * answer.square().mean(), "root": root.sqrt(), "other": 1e-6 * answer.sum()}
 
-        yield Phase("climb", trains=(student,), loss=loss, epochs=lesson.epochs)
+        yield Phase("climb", trains=(student,), loss=loss, epochs=ctx.epochs)
         return {"student": student}
 
 
 def test_a_gradient_that_is_not_finite_stops_before_it_is_learnt_and_names_its_loss(tmp_path):
-    task = zoo.blobs_task(tmp_path / "data")
-    course = Course(4, TrainConfig(batch=16, precision="fp32"), Augment(), 0)
+    dataset = zoo.blobs_dataset(tmp_path / "data")
+    course = TrainingPlan(4, TrainConfig(batch=16, precision="fp32"), Augment(), 0)
     with pytest.raises(TrainingError) as error:
-        distill(tmp_path / "s", "s", task, ResNet(8, 4), Steep(), course, ())
+        distill(tmp_path / "s", "s", dataset, ResNet(8, 4), Steep(), course, ())
     assert "the gradient of loss `root` is not finite in phase `climb`, epoch 1, step" in error.value.what
     assert "nan" not in error.value.what and "root or logarithm of 0" in error.value.hint
-    distill(tmp_path / "t", "t", task, ResNet(8, 4), Steep(tame=True), course, ())
+    distill(tmp_path / "t", "t", dataset, ResNet(8, 4), Steep(tame=True), course, ())
 
 
 def test_all_losses_that_are_not_finite_are_named():
     one, nan = torch.tensor(1.0), torch.tensor(float("nan"))
-    said = diverged(["a", "c"], {"a": nan, "b": one, "c": nan}, "phase `p`, epoch 1, step 1", gradient=False).what
+    said = divergence_error(
+        ["a", "c"], {"a": nan, "b": one, "c": nan}, "phase `p`, epoch 1, step 1", gradient=False
+    ).what
     assert said == "losses `a`, `c` are not finite in phase `p`, epoch 1, step 1 (a nan, b 1, c nan)"
-    said = diverged(["a", "b"], {"a": one, "b": one}, "phase `p`, epoch 1, step 1", gradient=True).what
+    said = divergence_error(["a", "b"], {"a": one, "b": one}, "phase `p`, epoch 1, step 1", gradient=True).what
     assert said.startswith("the gradients of losses `a`, `b` are not finite in phase `p`")
     assert (
-        diverged([], {"a": one}, "w", gradient=True).what
+        divergence_error([], {"a": one}, "w", gradient=True).what
         == "the gradient of the sum of losses is not finite in w (a 1)"
     )
 
 
 def test_a_gradient_whose_norm_overflows_is_finite_yet():
-    assert finite([torch.full((9,), 1e38), None]) and finite([])
-    assert not finite([torch.ones(3), torch.tensor([1.0, float("inf")])])
+    assert all_finite([torch.full((9,), 1e38), None]) and all_finite([])
+    assert not all_finite([torch.ones(3), torch.tensor([1.0, float("inf")])])
 
 
 def a_net():
@@ -150,7 +153,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
     torch.save({"x": Payload(tmp_path / "harm")}, tmp_path / "evil2.pt")
     with pytest.raises(CheckpointError, match="would run code") as error:
         checkpoint.load(a_net(), tmp_path / "evil2.pt")
-    assert "trust: true" in error.value.hint
+    assert "allow_pickle: true" in error.value.hint
     assert not (tmp_path / "harm").exists()
 
 
@@ -159,7 +162,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
     [
         (lambda: ResNet(8, 4).build(100, 1).state_dict(), "`head.weight` is (100, 16), the network's is (3, 16)"),
         (lambda: {k: v for k, v in a_net().state_dict().items() if k != "head.bias"}, "lacks `head.bias`"),
-        (lambda: a_net().state_dict() | {"more": torch.ones(1)}, "has `more`, which the network has not"),
+        (lambda: a_net().state_dict() | {"more": torch.ones(1)}, "has `more`, which the network lacks"),
         (lambda: {"epoch": 3}, "holds no state dict"),
     ],
 )
@@ -179,23 +182,25 @@ def test_a_file_that_is_no_checkpoint_is_named(name, tmp_path):
         checkpoint.load(a_net(), tmp_path / f"no-{name}")
 
 
-def a_lesson(tmp_path, student, teachers=()):
-    task = zoo.blobs_task(tmp_path)
-    trainer = a_trainer(task, Course(1, TrainConfig(precision="fp32"), Augment(), 0), torch.device("cpu"))
-    return Lesson(student, teachers, 1, 3, trainer.sample), task
+def a_context(tmp_path, student, teachers=()):
+    dataset = zoo.blobs_dataset(tmp_path)
+    trainer = build_trainer(dataset, TrainingPlan(1, TrainConfig(precision="fp32"), Augment(), 0), torch.device("cpu"))
+    return TrainingContext(student, teachers, 1, 3, trainer.first_batches, Classification()), dataset
 
 
 def test_a_teacher_with_other_classes_is_named(tmp_path):
-    lesson, task = a_lesson(tmp_path, a_net(), (ResNet(8, 4).build(7, 1),))
-    with pytest.raises(ConfigError, match=r"the teacher answers \(2, 7\) for 2 images; its data has 3 classes"):
-        check_answers(lesson, task, [3])
-    check_answers(lesson, task, [7])
+    ctx, dataset = a_context(tmp_path, a_net(), (ResNet(8, 4).build(7, 1),))
+    with pytest.raises(ConfigError, match=r"the teacher .* \(2, 7\)"):
+        check_outputs(ctx, dataset, [3])
+    check_outputs(ctx, dataset, [7])
 
 
 def test_a_teacher_of_ones_own_is_adopted(tmp_path):
-    task = zoo.blobs_task(tmp_path)
+    dataset = zoo.blobs_dataset(tmp_path)
     torch.save(zoo.Toy(4).state_dict(), tmp_path / "toy.pt")
-    made = adopt(tmp_path, "t", task, Python("tests.zoo:Toy", {"width": 4}), File.of(tmp_path / "toy.pt"), False)
+    made = load_pretrained(
+        tmp_path, "t", dataset, Python("tests.zoo:Toy", {"width": 4}), File.of(tmp_path / "toy.pt"), False
+    )
     assert made.weights.parameters == sum(p.numel() for p in zoo.Toy(4).parameters())
 
 
@@ -203,13 +208,15 @@ def test_a_teacher_of_ones_own_is_adopted(tmp_path):
 def test_an_adopted_teacher_that_guesses_is_told_at_once(accuracy, warns, tmp_path, caplog):
     """Three classes: chance is a third, and a fifth of the rest is 13.3 points."""
     caplog.set_level("INFO")
-    task = zoo.blobs_task(tmp_path)
-    assert len(task.classes) == 3
+    dataset = zoo.blobs_dataset(tmp_path)
+    assert len(dataset.classes) == 3
     torch.save(zoo.Toy(4).state_dict(), tmp_path / "toy.pt")
-    made = adopt(tmp_path, "t", task, Python("tests.zoo:Toy", {"width": 4}), File.of(tmp_path / "toy.pt"), False)
-    introduce(replace(made, weights=replace(made.weights, valid_accuracy=accuracy)), task)
-    assert ("little more than chance; look at `scale`" in caplog.text) == warns
-    assert ("as it came" in caplog.text) == (accuracy is not None)
+    made = load_pretrained(
+        tmp_path, "t", dataset, Python("tests.zoo:Toy", {"width": 4}), File.of(tmp_path / "toy.pt"), False
+    )
+    log_teacher_accuracy(replace(made, weights=replace(made.weights, valid_accuracy=accuracy)), dataset)
+    assert ("near chance; check `normalize`" in caplog.text) == warns
+    assert ("(pretrained)" in caplog.text) == (accuracy is not None)
 
 
 @pytest.mark.parametrize(
@@ -293,19 +300,19 @@ def test_a_trusted_checkpoint_whose_class_is_gone_is_named(code):
     torch.save({"x": importlib.import_module("own_gone").Gone()}, code / "c.pt")
     (code / "own_gone.py").write_text("")
     importlib.reload(sys.modules["own_gone"]).__dict__.pop("Gone")
-    with pytest.raises(CheckpointError, match="holds objects whose code is not here"):
-        checkpoint.load(a_net(), code / "c.pt", trust=True)
+    with pytest.raises(CheckpointError, match="holds objects whose code cannot be imported"):
+        checkpoint.load(a_net(), code / "c.pt", allow_pickle=True)
     del sys.modules["own_gone"]
     (code / "own_gone.py").unlink()
-    with pytest.raises(CheckpointError, match="holds objects whose code is not here"):
-        checkpoint.load(a_net(), code / "c.pt", trust=True)
+    with pytest.raises(CheckpointError, match="holds objects whose code cannot be imported"):
+        checkpoint.load(a_net(), code / "c.pt", allow_pickle=True)
 
 
 def test_more_labels_than_there_are_is_refused(tmp_path):
-    task = zoo.blobs_task(tmp_path / "data")
-    course = Course(1, TrainConfig(), Augment(), 0, labels_per_class=99)
+    dataset = zoo.blobs_dataset(tmp_path / "data")
+    course = TrainingPlan(1, TrainConfig(), Augment(), 0, labels_per_class=99)
     with pytest.raises(DataError, match="labels_per_class is 99, but class number 0 has 16 training images"):
-        distill(tmp_path, "s", task, ResNet(8, 4), Supervised(), course, ())
+        distill(tmp_path, "s", dataset, ResNet(8, 4), Supervised(), course, ())
 
 
 def test_a_family_of_networks_is_settings_only():

@@ -8,19 +8,22 @@ import numpy as np
 from torch import Tensor, nn
 
 from edgekd.core.artifact import File
-from edgekd.core.dataset import Arrays, Augment, Content, Source, Task
+from edgekd.core.augment import Augment
+from edgekd.core.dataset import Dataset, DatasetSplits, PreparedDataset, SplitArrays
 from edgekd.core.model import Model
-from edgekd.core.quant_scheme import DIALECTS
-from edgekd.pipelines.target_probe import draft
-from edgekd.stages.distill.dataset import prepare
+from edgekd.core.quant_scheme import QUANT_SCHEMES
+from edgekd.core.task import OutputSpec
+from edgekd.pipelines.target_probe import build_quant_spec
+from edgekd.stages.distill.dataset import prepare_dataset
 from edgekd.stages.export.export import ExportConfig
 from edgekd.stages.quantize.ranges import QuantizeConfig
+from edgekd.tasks.classification import Classification
 
 CLASSES = 3
 
 
-def conv(entering: int, width: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(entering, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+def conv(in_channels: int, width: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(in_channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
 
 
 class Toy(nn.Module):
@@ -70,37 +73,46 @@ class ToyFamily(Model):
 
 
 @dataclass(frozen=True)
-class Blobs(Source):
+class Blobs(Dataset):
     """Noisy copies of one random picture for each class."""
 
     count: int = 48
     noise: float = 60.0
 
     @property
+    def task(self) -> str:
+        return "classification"
+
+    @property
     def augment(self) -> Augment:
         return Augment(crop=1, flip=True)
 
-    def read(self, limit: int | None) -> Content:
+    def read(self, limit: int | None) -> DatasetSplits:
         random = np.random.default_rng(0)
         centres = random.integers(60, 196, (CLASSES, 8, 8, 1))
 
-        def some(count: int) -> Arrays:
+        def some(count: int) -> SplitArrays:
             labels = np.arange(count) % CLASSES
             noisy = centres[labels] + random.normal(0, self.noise, (count, 8, 8, 1))
-            return Arrays(noisy.clip(0, 255).astype(np.uint8), labels.astype(np.int64))
+            return SplitArrays(noisy.clip(0, 255).astype(np.uint8), labels.astype(np.int64))
 
-        return Content(some(self.count), some(24), some(30), ("a", "b", "c"))
+        return DatasetSplits(some(self.count), some(24), some(30), ("a", "b", "c"))
 
 
-def blobs_task(folder) -> Task:
+def logits(classes: int) -> tuple[OutputSpec, ...]:
+    """What a classifier answers one image with."""
+    return Classification().outputs(classes, (1, 8, 8))
+
+
+def blobs_dataset(folder) -> PreparedDataset:
     folder.mkdir(parents=True, exist_ok=True)
-    return prepare(folder, Blobs(), None)
+    return prepare_dataset(folder, Blobs(), None)
 
 
-def drafted(folder, network, dialect=DIALECTS["ort-x86"], inputs=None):
+def drafted(folder, network, scheme=QUANT_SCHEMES["ort-x86"], inputs=None):
     """What the INT8 file of a toy network rounds; `inputs` calibrate, (N, 1, 8, 8) unless given."""
     folder.mkdir(parents=True, exist_ok=True)
     inputs = np.random.default_rng(0).standard_normal((16, 1, 8, 8), np.float32) if inputs is None else inputs
     np.savez(folder / "images.npz", image=inputs)
     images = File.of(folder / "images.npz")
-    return draft(folder / "work", network, dialect, images, ExportConfig(opset=17), QuantizeConfig())
+    return build_quant_spec(folder / "work", network, scheme, images, ExportConfig(opset=17), QuantizeConfig())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import signal
 import sys
 from contextlib import suppress
@@ -13,9 +12,24 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from edgekd import __version__
+from edgekd import __version__, api
 from edgekd.cli import files
-from edgekd.cli.console import STOPPED, Jetpack, Json, Out, Recipe, Sets, Smoke, Targets, Visible, emit, leave, run, say
+from edgekd.cli.console import (
+    STOPPED,
+    EscapingFormatter,
+    Jetpack,
+    Json,
+    Out,
+    Recipe,
+    Sets,
+    Smoke,
+    Targets,
+    emit,
+    exit_with,
+    log_info,
+    run,
+)
+from edgekd.core.config_file import ConfigSource
 from edgekd.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -29,7 +43,7 @@ def options(
 ) -> None:
     """From a trained teacher to a measured INT8 student on an edge device."""
     told = logging.StreamHandler()
-    told.setFormatter(Visible())
+    told.setFormatter(EscapingFormatter())
     logging.basicConfig(level=logging.ERROR, handlers=[told])  # other libraries' logs
     logging.getLogger("edgekd").setLevel(logging.ERROR if quiet else logging.INFO)
     if version:
@@ -53,37 +67,36 @@ def build(
         bool, typer.Option("--lock-clocks", help="Hold the clocks of the --device while it measures; as root there.")
     ] = False,
     prune: Annotated[
-        bool, typer.Option("--prune", help="Delete steps that this build does not need, and lessons of `compare`.")
+        bool, typer.Option("--prune", help="Delete steps that this build does not need, and trainings of `compare`.")
     ] = False,
     smoke: Smoke = False,
     json_: Json = False,
 ) -> None:
-    """Distil, export, quantize, verify, measure and report; what did not change is not done again."""
-    from edgekd import config as config_module
-    from edgekd.pipelines import build as build_module
-    from edgekd.stages.bench.gates import exit_code
-    from edgekd.stages.device import ssh
-
-    there = ssh.asked(device, lock_clocks)
-    config = config_module.configured(recipe, tuple(set_ or ()), tuple(target or ()), smoke)
-    config = config_module.on_device(config, jetpack=jetpack, board=board, dla=dla)
-    out = out or Path("runs") / config.name
-    record = build_module.build(config, out, calib_root, shlex.join(["edgekd", *sys.argv[1:]]), bundle, there, prune)
-    say(f"report: {out / 'report.html'}")
-    emit(json_, build_module.summary(record), build_module.headline(record))
-    leave(exit_code(record.gates))
+    """Distil, export, quantize, verify, measure and report; only what changed is rerun."""
+    options = {"targets": tuple(target or ()), "smoke": smoke, "jetpack": jetpack, "board": board, "dla": dla}
+    result = api.build(
+        ConfigSource.of(recipe, set_ or (), **options),
+        out=out,
+        calib_root=calib_root,
+        bundles=bundle,
+        device=device,
+        lock_clocks=lock_clocks,
+        prune=prune,
+    )
+    log_info(f"report: {result.report}")
+    emit(json_, result.to_dict(), str(result))
+    exit_with(result.exit_code)
 
 
 @app.command()
 def distill(
     recipe: Recipe = "digits", set_: Sets = None, out: Out = None, smoke: Smoke = False, json_: Json = False
 ) -> None:
-    """Train the teacher and the students only; prints where their weights are."""
-    from edgekd import config as config_module
-    from edgekd.pipelines import build as build_module
+    """Train the teacher and the students only; print where their weights are."""
+    from edgekd.pipelines.build import distill_only
 
-    config = config_module.configured(recipe, tuple(set_ or ()), (), smoke)
-    students = build_module.distilled(config, out or Path("runs") / config.name)
+    config = api.load_config(recipe, set_ or (), smoke=smoke)
+    students = distill_only(config, out or Path("runs") / config.name)
     rows = [{"name": w.name, "valid_accuracy": w.valid_accuracy, "file": str(w.file.path)} for w in students]
     emit(json_, rows, "\n".join("{name}: validation accuracy {valid_accuracy}, {file}".format(**r) for r in rows))
 
@@ -92,29 +105,24 @@ def distill(
 def compare(
     recipe: Recipe = "digits",
     method: Annotated[
-        list[str] | None, typer.Option("--method", "-m", help="A method, or a rival of the recipe; repeat for several.")
+        list[str] | None,
+        typer.Option("--method", "-m", help="A method, or a variant of the recipe; repeat for several."),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="How often each is taught.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds per method.")] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="The contender that the others are compared with; kd, or the first.")
+        str | None, typer.Option(help="What the others are compared with; kd, or the first, if not given.")
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Lessons at a time; the threads are shared out among them.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Trainings at a time; they share the threads.")] = 1,
     set_: Sets = None,
     out: Out = None,
     smoke: Smoke = False,
     json_: Json = False,
 ) -> None:
-    """Teach one student by several methods and seeds with the same budget, and say which is better."""
-    from edgekd import config as config_module
-    from edgekd.pipelines import compare as compare_module
-    from edgekd.stages.report.method_comparison import summary, text
-
-    config = config_module.configured(recipe, tuple(set_ or ()), (), smoke)
-    config = compare_module.entered(config, method or (), seeds, baseline)
-    out = out or Path("runs") / config.name
-    made = compare_module.compare(config, out, jobs, command=shlex.join(["edgekd", *sys.argv[1:]]))
-    say(f"comparison: {out / 'compare.md'}")
-    emit(json_, summary(made), text(made))
+    """Train one student by several methods and seeds with the same budget, and say which is better."""
+    source = ConfigSource.of(recipe, set_ or (), smoke=smoke)
+    result = api.compare(source, methods=method or (), seeds=seeds, baseline=baseline, jobs=jobs, out=out)
+    log_info(f"comparison: {result.path}")
+    emit(json_, result.to_dict(), str(result))
 
 
 FILES = (
@@ -132,14 +140,14 @@ def import_result(
     json_: Json = False,
 ) -> None:
     """Put what a device measured into the report of the build that made its bundle."""
-    from edgekd.pipelines import build as build_module
     from edgekd.pipelines import import_result as import_result_module
-    from edgekd.stages.bench.gates import exit_code
+    from edgekd.pipelines.build_result import build_result
 
     record, folder = import_result_module.import_result(result, out)
-    say(f"report: {folder / 'report.html'}")
-    emit(json_, build_module.summary(record), build_module.headline(record))
-    leave(exit_code(record.gates))
+    build = build_result(record, folder)
+    log_info(f"report: {build.report}")
+    emit(json_, build.to_dict(), str(build))
+    exit_with(build.exit_code)
 
 
 @app.command()
@@ -161,28 +169,28 @@ def report(
 ) -> None:
     """Write a build's report again from its report.json; or, with --compare OLD, find what became worse since OLD.
 
-    --compare: builds are folders, or their report.json. Of what ships on each target, latency is judged by its ratio to
-    the teacher, which was measured by turns; its median must not contradict that where machines, runtimes and protocols
-    are equal. Exit code 3: something became worse by more than the tolerance, with its whole 95 % interval; 4: that
-    cannot be said (too noisy, other machines, no longer measured); 0: no regression.
+    --compare: builds are folders, or their report.json. The latency of the selected file of each target is compared by
+    its ratio to the teacher's, which was measured in the same rounds; its median must not contradict that where
+    machines, runtimes and protocols are equal. Exit code 3: something became worse by more than the tolerance, with its
+    whole 95 % interval; 4: that cannot be decided (too noisy, other machines, no longer measured); 0: no regression.
     """
     from edgekd.stages.report import regressions
     from edgekd.stages.report.change import Tolerance
-    from edgekd.stages.report.provenance import renew
+    from edgekd.stages.report.provenance import update_manifest
     from edgekd.stages.report.report import read
     from edgekd.stages.report.report import report as write
 
     if compare is None and (out or json_):
         raise ConfigError("--out and --json are for comparing", hint="give --compare and an older build")
     if compare is None:
-        say(f"report: {write(read(folder / 'report.json'), folder)}")
-        renew(folder, ("report.html", "report.md"))
+        log_info(f"report: {write(read(folder / 'report.json'), folder)}")
+        update_manifest(folder, ("report.html", "report.md"))
         return
-    found = regressions.compared(compare, folder, Tolerance(tolerance, max_drop))
+    found = regressions.compare_builds(compare, folder, Tolerance(tolerance, max_drop))
     if out:
-        say(f"regressions: {regressions.publish(found, out)}")
+        log_info(f"regressions: {regressions.publish(found, out)}")
     emit(json_, regressions.summary(found), regressions.text(found))
-    leave(regressions.exit_code(found))
+    exit_with(regressions.exit_code(found))
 
 
 @app.command()
@@ -193,8 +201,8 @@ def verify(folder: Annotated[Path, typer.Argument(help="The --out folder of a bu
     from edgekd.stages.report import verify as stage
 
     checked = stage.verify(folder)
-    emit(json_, asdict(checked) | {"folder": str(folder)}, stage.described(checked))
-    leave(1 if checked.findings else 0)
+    emit(json_, asdict(checked) | {"folder": str(folder)}, stage.format_verification(checked))
+    exit_with(1 if checked.findings else 0)
 
 
 @app.command()
@@ -203,12 +211,12 @@ def init(
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("edgekd.yaml"),
 ) -> None:
     """Write a commented configuration file to start from."""
-    from edgekd.core.config_file import text
+    from edgekd.core.config_file import config_text
 
     if out.exists():
         raise ConfigError(f"`{out}` exists", hint="remove it, or name another file with --out")
-    out.write_text(text(recipe))
-    say(f"wrote {out}; next: edgekd build {out}")
+    out.write_text(config_text(recipe))
+    log_info(f"wrote {out}; next: edgekd build {out}")
 
 
 @app.command("list")
@@ -217,10 +225,10 @@ def list_(
     json_: Json = False,
 ) -> None:
     """What there is to choose from."""
-    from edgekd.stages.catalogue import catalogue, described
+    from edgekd.stages.catalogue import catalogue, format_catalogue
 
     found = catalogue(kind)
-    emit(json_, found, described(found))
+    emit(json_, found, format_catalogue(found))
 
 
 @app.command()
@@ -228,10 +236,10 @@ def doctor(json_: Json = False) -> None:
     """What this machine has, what each target needs, what is missing, and how to get it."""
     from dataclasses import asdict
 
-    from edgekd.stages.doctor import examine, text
+    from edgekd.stages.doctor import check_machine, format_checks
 
-    found = examine(Path.cwd())
-    emit(json_, [asdict(f) for f in found], text(found))
+    found = check_machine(Path.cwd())
+    emit(json_, [asdict(f) for f in found], format_checks(found))
     if not all(f.fine or not f.needed for f in found):
         raise typer.Exit(1)
 

@@ -13,10 +13,10 @@ from uuid import uuid4
 from edgekd.errors import StaleArtifact
 
 Precision = Literal["fp32", "fp16", "int8"]
-Floats = Literal["fp32", "default"]  # what a runtime is asked to compute float operations in; default: its own choice
+ComputePrecision = Literal["fp32", "native"]  # of float operators, as asked of a runtime; native: its own choice
 # lowest, highest, mean and deviation of a tensor's values for one fixed input: finds it again in every export
-Mark: TypeAlias = tuple[float, float, float, float]
-STORY = {"key": False}  # metadata of fields that the ledger does not key by
+Fingerprint: TypeAlias = tuple[float, float, float, float]
+NOT_IN_KEY = {"key": False}  # metadata of fields that the step cache does not key by
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,16 @@ class File:
 
     @classmethod
     def checked(cls, path: Path, sha256: str) -> File:
-        """The file as recorded. Raises StaleArtifact if it is gone or its bytes changed."""
+        """Return the file as recorded. Raises StaleArtifact if it is gone or its bytes changed."""
         if not path.exists():
             raise StaleArtifact(f"`{path}` is gone", hint=f"delete `{path.parent}` so that the step runs again")
-        found = cls.of(path)
-        if found.sha256 != sha256:
+        file = cls.of(path)
+        if file.sha256 != sha256:
             raise StaleArtifact(
-                f"`{path}` changed since it was recorded: sha256 {sha256[:10]} then, {found.sha256[:10]} now",
+                f"`{path}` changed since it was recorded: sha256 {sha256[:10]} then, {file.sha256[:10]} now",
                 hint=f"delete `{path.parent}` so that the step runs again",
             )
-        return found
+        return file
 
     @property
     def bytes(self) -> int:
@@ -52,25 +52,25 @@ class File:
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
         from pydantic_core import core_schema
 
-        def found(value: dict[str, str], info: Any) -> File:
+        def load(value: dict[str, str], info: Any) -> File:
             find: Callable[[Path, str], File] = info.context.get("find", cls.checked)
             return find(info.context["home"] / value["name"], value["sha256"])
 
-        told = {  # what lies elsewhere is not this artefact
+        patterns = {  # a file in another folder is not part of this artefact
             "name": (r"^[^/\\\x00]*[^/\\\x00.][^/\\\x00]*$", "it must be the name of a file, without a folder"),
             "sha256": ("^[0-9a-f]{64}$", "it must be 64 hexadecimal digits"),
         }
         fields = {}
-        for key, (pattern, said) in told.items():
+        for key, (pattern, message) in patterns.items():
             text = core_schema.str_schema(pattern=pattern)
-            kind = core_schema.custom_error_schema(text, f"file_{key}", custom_error_message=said)
+            kind = core_schema.custom_error_schema(text, f"file_{key}", custom_error_message=message)
             fields[key] = core_schema.typed_dict_field(kind)
-        return core_schema.with_info_after_validator_function(found, core_schema.typed_dict_schema(fields))
+        return core_schema.with_info_after_validator_function(load, core_schema.typed_dict_schema(fields))
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name and shape of a model's input, batch dimension first (0 stands for a dynamic one)."""
+    """Name and shape of a model's input or output, batch dimension first (0 stands for a dynamic one)."""
 
     name: str
     shape: tuple[int, ...]
@@ -83,27 +83,30 @@ class EpochRecord:
 
     phase: str
     epoch: int
-    losses: dict[str, float]  # mean over the epoch, training data
+    losses: dict[str, float]
+    """Mean over the epoch, training data."""
     seconds: float
 
 
 @dataclass(frozen=True)
 class PhaseRecord:
-    """One finished phase: what its script was told."""
+    """One finished phase: its result, which the method receives, and its training curve."""
 
     name: str
     epochs: int
-    losses: dict[str, float]  # on validation data
-    accuracy: float | None  # of the student, on validation data, 0 to 1; None if the phase does not train it
+    losses: dict[str, float]
+    """On validation data."""
+    accuracy: float | None
+    """Of the student, on validation data, 0 to 1; null if the phase does not train it."""
     seconds: float
     curve: tuple[EpochRecord, ...]
 
 
 @dataclass(frozen=True)
-class Learnt:
-    """The range of one tensor that training found for the INT8 form of a network; float32 numbers."""
+class LearnedRange:
+    """The range of one tensor that training learned for the INT8 form of a network; float32 numbers."""
 
-    mark: Mark
+    fingerprint: Fingerprint
     low: float
     high: float
 
@@ -112,16 +115,22 @@ class Learnt:
 class Weights:
     """A trained network: its state dict, and how it came to be."""
 
-    file: File  # safetensors
+    file: File
+    """Safetensors."""
     name: str
-    method: str  # file name of the method that taught it
+    method: str
+    """File name of the method that trained it."""
     parameters: int
     # how it came to be; no part of what a step is keyed by, since equal weights are equal however long they took
-    valid_accuracy: float | None = field(metadata=STORY)  # 0 to 1; None if it learnt from those images
-    seconds: float = field(metadata=STORY)  # of training, interruptions not counted
-    phases: tuple[PhaseRecord, ...] = field(default=(), metadata=STORY)
-    notes: dict[str, Any] | None = field(default=None, metadata=STORY)  # what the method chose, for the report
-    ranges: tuple[Learnt, ...] = ()  # of its INT8 form, instead of calibrated ones
+    valid_accuracy: float | None = field(metadata=NOT_IN_KEY)
+    """0 to 1; null if it was trained on those images."""
+    seconds: float = field(metadata=NOT_IN_KEY)
+    """Of training, interruptions not counted."""
+    phases: tuple[PhaseRecord, ...] = field(default=(), metadata=NOT_IN_KEY)
+    notes: dict[str, Any] | None = field(default=None, metadata=NOT_IN_KEY)
+    """What the method chose, for the report."""
+    ranges: tuple[LearnedRange, ...] = ()
+    """Of its INT8 form, instead of calibrated ones."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +140,13 @@ class OnnxModel:
     file: File
     name: str
     input: TensorSpec
-    classes: int
+    outputs: tuple[TensorSpec, ...]
     precision: Precision
     opset: int
     ir: int
     parameters: int
-    macs: int  # multiply-accumulates of convolutions and matrix products, one image
+    macs: int
+    """Multiply-accumulates of convolutions and matrix products, one image."""
 
 
 @dataclass(frozen=True)
@@ -148,15 +158,16 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class Remembered(File):
+class RecordedFile(File):
     """A file as report.json remembers it: the file itself may be gone."""
 
-    size: int | None  # bytes
+    size: int | None
+    """Bytes."""
 
 
 def size(file: File) -> int | None:
     """Bytes, or None if the file is gone and nobody wrote its size down."""
-    if isinstance(file, Remembered):
+    if isinstance(file, RecordedFile):
         return file.size
     return file.bytes if file.path.exists() else None
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from edgekd.core.artifact import File
+from edgekd.core.augment import Augment
 from edgekd.core.settings import Plugin, Settings
+from edgekd.core.task import OutputSpec, Task
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,10 +18,10 @@ SPLITS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
-class Arrays:
-    """One split in memory: images (N, H, W, C) in uint8, labels (N,) in int64.
+class SplitArrays:
+    """One split in memory: images (N, H, W, C) in uint8, and targets as their task has them.
 
-    Labels of a dense task are maps (N, K, H, W) in float32, NaN where a pixel's value is not known.
+    Classification: labels (N,) in int64. Regression: maps (N, K, H, W) in float32, NaN where a value is unknown.
     """
 
     images: np.ndarray
@@ -27,43 +29,40 @@ class Arrays:
 
 
 @dataclass(frozen=True)
-class Content:
-    """What a source reads: its three splits and the names of the classes; of a dense task, of the values of a pixel."""
+class DatasetSplits:
+    """What a source reads: its three splits and the names of the classes, or of the values that are predicted."""
 
-    train: Arrays
-    valid: Arrays
-    test: Arrays
+    train: SplitArrays
+    valid: SplitArrays
+    test: SplitArrays
     classes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Augment:
-    """Random changes to training images: shift by up to `crop` pixels (zero padding), mirror."""
-
-    crop: int = 0
-    flip: bool = False
-
-
-@dataclass(frozen=True)
-class Source(Plugin, ABC):
+class Dataset(Plugin, ABC):
     """A kind of data set, with its settings."""
 
     FOLDER: ClassVar[str] = "data"
 
     @property
     @abstractmethod
+    def task(self) -> str:
+        """What its targets are of: the name of a file in tasks/, such as `classification`."""
+
+    @property
+    @abstractmethod
     def augment(self) -> Augment: ...
 
     @abstractmethod
-    def read(self, limit: int | None) -> Content:
-        """The images, decoded; at most `limit` of each class in each of training and test data.
+    def read(self, limit: int | None) -> DatasetSplits:
+        """Return the images, decoded; at most `limit` of each class in each of training and test data.
 
         Validation is cut from training data, never from test data.
         """
 
 
 @dataclass(frozen=True)
-class Scale(Settings):
+class Normalization(Settings):
     """What a network's inputs are scaled by, per channel: (image / 255 - mean) / std."""
 
     mean: tuple[float, ...]
@@ -73,16 +72,16 @@ class Scale(Settings):
 @dataclass(frozen=True)
 class Split:
     images: File  # .npy, (N, H, W, C) uint8
-    labels: File  # .npy, (N,) int64; of a dense task (N, K, H, W) float32
+    labels: File  # .npy, as the task has its targets
 
-    def load(self) -> Arrays:
+    def load(self) -> SplitArrays:
         import numpy as np
 
-        return Arrays(np.load(self.images.path), np.load(self.labels.path))
+        return SplitArrays(np.load(self.images.path), np.load(self.labels.path))
 
 
 @dataclass(frozen=True)
-class Task:
+class PreparedDataset:
     """A decoded data set on disk. A network's input is (image / 255 - mean) / std, as (N, C, H, W) float32."""
 
     train: Split
@@ -92,11 +91,16 @@ class Task:
     shape: tuple[int, int, int]  # channels, height, width
     mean: tuple[float, ...]  # per channel
     std: tuple[float, ...]
-    dense: bool = False  # an answer is a map (N, len(classes), H, W), not logits (N, len(classes))
+    task: Task  # what is learnt from it
 
-    def answer(self, count: int) -> tuple[int, ...]:
-        """The shape of a network's answer to `count` images."""
-        return (count, len(self.classes), *(self.shape[1:] if self.dense else ()))
+    def outputs(self, num_classes: int | None = None) -> tuple[OutputSpec, ...]:
+        """Return what a network answers one image with: for the classes of the data set, or for so many others."""
+        return self.task.outputs(len(self.classes) if num_classes is None else num_classes, self.shape)
+
+    @property
+    def num_strata(self) -> int:
+        """Groups of images that have labels of their own: the classes, or 1 where images have none."""
+        return self.task.num_strata(len(self.classes))
 
     def inputs(self, images: np.ndarray) -> np.ndarray:
         """(N, H, W, C) uint8 to the network's input, (N, C, H, W) float32."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 from typing import Any
 
 from edgekd.core.bench_result import Interval
-from edgekd.utils.text import visible
+from edgekd.utils.text import escape_control_chars
 
 LONGEST = 160  # letters of the notes of a lesson
 
@@ -55,12 +56,12 @@ def ratio(value: float) -> str:
 
 def interval(value: Interval) -> str:
     """4.13× (4.02–4.24): the estimate and its 95 % interval."""
-    return f"{ratio(value.mid)} ({figures(value.low)}–{figures(value.high)})"
+    return f"{ratio(value.estimate)} ({figures(value.low)}–{figures(value.high)})"
 
 
 def near_one(value: Interval) -> str:
     """1.0004 (0.9981–1.0023): a ratio whose distance from 1 is what matters."""
-    return f"{value.mid:.4f} ({value.low:.4f}–{value.high:.4f})"
+    return f"{value.estimate:.4f} ({value.low:.4f}–{value.high:.4f})"
 
 
 def duration(seconds: float) -> str:
@@ -95,17 +96,17 @@ def setting(value: Any) -> str:
     return str(value)
 
 
-def chosen(notes: dict[str, Any]) -> str:
+def format_notes(notes: dict[str, Any]) -> str:
     """stage2.4 > stage2.1, of 3 routes; or names and values."""
     routes = notes.get("routes", [])
     won = [f"{route['teacher']} > {route['student']}" for route in routes if route.get("won")]
     if won:
         return f"{', '.join(won)}, of {len(routes)} route{'s' * (len(routes) > 1)}"
-    told = setting(notes)
-    return told if len(told) <= LONGEST else f"{told[:LONGEST]} ... (all is in compare.json)"
+    text = setting(notes)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ... (all is in compare.json)"
 
 
-def flat(settings: dict[str, Any]) -> list[tuple[str, str]]:
+def flatten_settings(settings: dict[str, Any]) -> list[tuple[str, str]]:
     """Names and values for a reader; a group of settings gives one line for each of its members."""
     lines = []
     for name, value in settings.items():
@@ -121,13 +122,13 @@ def unmeasured(reason: str) -> str:
 
 def seen(value: Any) -> Any:
     """For a page that escapes by itself: text with what cannot be seen spelled out; all else as it is, markup too."""
-    return visible(value) if type(value) is str else value
+    return escape_control_chars(value) if type(value) is str else value
 
 
 def markdown(value: Any) -> str:
     """`value` with everything replaced that would make a table cell, tag, link or emphasis of it; a space without width
     behind @ and # keeps hosts of code from telling people and issues of that name."""
-    text = visible(" ".join(str(value).split()))
+    text = escape_control_chars(" ".join(str(value).split()))
     shown = {c: f"&#{ord(c)};" for c in "&<>|`*_[]~\\"} | {c: f"&#{ord(c)};&#8203;" for c in "@#"}
     return "".join(shown.get(c, c) for c in text)
 
@@ -140,6 +141,10 @@ def code(value: Any) -> str:
 
 
 def yaml(value: Any) -> str:
-    from yaml import safe_dump
+    from ruamel.yaml import YAML
 
-    return str(safe_dump(value, sort_keys=False, allow_unicode=True, width=100))
+    yaml: Any = YAML(typ="safe", pure=True)
+    yaml.default_flow_style, yaml.width, yaml.sort_base_mapping_type_on_output = False, 100, False
+    text = io.StringIO()
+    yaml.dump(value, text)
+    return text.getvalue()

@@ -1,4 +1,4 @@
-"""A gate: what the file that ships must reach on its target, and what was decided."""
+"""A gate: a limit that the selected file must keep on its target, and what was decided."""
 
 from __future__ import annotations
 
@@ -15,38 +15,42 @@ Outcome = Literal["passed", "failed", "undecided"]
 
 @dataclass(frozen=True)
 class Gate(Settings):
-    """One limit. `measure` is a metric, or `drop` and `teacher_drop` (points of top-1 lost against the float original
-    and the teacher), `speedup` (the teacher's median latency over the file's), `kilobytes`, `macs`, `parameters`,
-    `memory_mb` (that a process needs more with the file than without; with the scope `cold`)."""
+    """One limit for the selected file."""
 
-    measure: str
-    at_most: float | None = None
-    at_least: float | None = None
-    target: str = ""  # empty: every target
+    metric: str
+    """The name of a metric, or `accuracy_drop` and `accuracy_drop_vs_teacher` (points of top-1 lost against the FP32
+    file and the teacher), `speedup` (the teacher's median latency divided by the file's), `kilobytes`, `macs`,
+    `parameters`, `memory_mb` (what a process needs more with the file than without; needs the scope `cold_start`)."""
+    max: float | None = None
+    min: float | None = None
+    target: str = ""
+    """Empty: every target."""
 
     def __post_init__(self) -> None:
-        limits = [limit for limit in (self.at_most, self.at_least) if limit is not None]
+        limits = [limit for limit in (self.max, self.min) if limit is not None]
         if len(limits) != 1:
             raise ConfigError(
-                f"the gate `{self.measure}` has {len(limits)} limits", hint="give `at_most` or `at_least`, one of them"
+                f"the gate `{self.metric}` has {len(limits)} limits", hint="give `max` or `min`, not both"
             )
         if not math.isfinite(limits[0]):
-            raise ConfigError(f"the limit of the gate `{self.measure}` is {limits[0]}", hint="give a number")
+            raise ConfigError(f"the limit of the gate `{self.metric}` is {limits[0]}", hint="give a number")
 
     @property
-    def words(self) -> str:
-        """drop at most 0.5"""
-        way, limit = ("at least", self.at_least) if self.at_most is None else ("at most", self.at_most)
-        return f"{self.measure} {way} {limit:g}"
+    def description(self) -> str:
+        """accuracy_drop at most 0.5"""
+        relation, limit = ("at least", self.min) if self.max is None else ("at most", self.max)
+        return f"{self.metric} {relation} {limit:g}"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What came of one gate on one target."""
+    """The outcome of one gate on one target."""
 
     target: str
     gate: Gate
-    contestant: str  # the file that it is about; "" if none was measured
+    model: str
+    """The benchmark entry that was judged; empty if none was measured."""
     outcome: Outcome
-    found: Interval | None  # the number with its 95 % interval; None: there is none
-    reason: str  # in words
+    value: Interval | None
+    """The metric with its 95 % interval; null if there is none."""
+    reason: str

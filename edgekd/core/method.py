@@ -1,4 +1,4 @@
-"""What a distillation method is: a script that yields the phases to train."""
+"""The interface of a distillation method: a generator that yields the phases to train."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from edgekd.core.artifact import Learnt
+from edgekd.core.artifact import LearnedRange
 from edgekd.core.model import Model
-from edgekd.core.quant_spec import Blueprint
+from edgekd.core.quant_spec import QuantSpec
 from edgekd.core.settings import Plugin
+from edgekd.core.task import Task
 from edgekd.errors import EdgekdError
 
 if TYPE_CHECKING:  # core never imports torch when it runs: `edgekd bench` works without it
@@ -23,88 +24,98 @@ Students: TypeAlias = "Mapping[str, nn.Module]"  # name -> plain module, nothing
 
 @dataclass(frozen=True)
 class Batch:
-    """One mini-batch, already on the training device."""
+    """A mini-batch on the training device."""
 
-    x: Tensor  # (N, C, H, W) float32
-    y: Tensor  # (N,) int64, -1 where unlabelled; of a dense task (N, K, H, W) float32, NaN where unknown
+    images: Tensor  # (N, C, H, W) float32
+    labels: Tensor  # targets as the task has them: of a classification (N,) int64, -1 where unlabelled
     index: Tensor  # (N,) position of each sample in its split, for memory banks
-    progress: float  # how much of the phase is over, 0 to 1, for warm-ups and fading weights
+    progress: float  # completed fraction of the phase, 0 to 1, for warm-ups and fading weights
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of training: minimise the sum of `loss` over everything in `trains`.
+    """A training phase: minimise the sum of the losses over the parameters of the modules in `trains`.
 
-    `loss` is also read on validation data, under no-grad and with `trains` in eval mode.
+    `loss` is also evaluated on validation data, under no_grad and with `trains` in eval mode.
     """
 
     name: str
-    trains: tuple[nn.Module, ...]  # only these change; all else is frozen and in eval mode
+    trains: tuple[nn.Module, ...]  # only these change; everything else is frozen and in eval mode
     loss: Callable[[Batch], Losses]
     epochs: int
-    span: tuple[float, float] = (0.0, 1.0)  # the stretch of the learning-rate schedule that it runs through
-    decay: Mapping[nn.Module, float] = field(default_factory=dict)  # weight decay, where not the trainer's
-    samples: Sequence[int] | None = None  # learn from these training images only (Batch.index); None: from all
+    lr_span: tuple[float, float] = (0.0, 1.0)  # the part of the learning-rate schedule that it uses
+    weight_decay: Mapping[nn.Module, float] = field(default_factory=dict)  # by module, where it is not the trainer's
+    samples: Sequence[int] | None = None  # train on these images only (Batch.index); None: on all
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a finished phase tells the script, measured on validation data."""
+class PhaseResult:
+    """The result of a phase, measured on validation data; it is sent to the generator."""
 
     losses: dict[str, float]  # mean of each named loss
-    accuracy: float | None  # of lesson.student, 0 to 1; None if the phase does not train it
+    accuracy: float | None  # of ctx.student, 0 to 1; None if the phase does not train it
 
 
-def not_here(model: Model) -> nn.Module:
-    raise EdgekdError(f"this lesson builds no networks, here a {type(model).__name__}", hint="give it a `build`")
+def refuse_build(model: Model) -> nn.Module:
+    """Raise EdgekdError: the context was created without `build`."""
+    raise EdgekdError(f"this context cannot build a network ({type(model).__name__})", hint="give it a `build`")
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """One student, its teachers, and the budget to teach it in."""
+class TrainingContext:
+    """The student, its teachers, the epoch budget, and what a method may ask of the build."""
 
     student: nn.Module
     teachers: tuple[nn.Module, ...]
-    epochs: int  # a method may spend fewer, never more
-    classes: int  # of a dense task: values of each pixel
-    sample: Callable[[int], Iterator[Batch]]  # the first training batches, unaugmented, in a fixed order
-    dense: bool = False  # answers are maps (N, classes, H, W), not logits (N, classes)
-    knows: tuple[tuple[int | None, ...], ...] = ()  # each teacher's column for each class; (): the same classes
-    build: Callable[[Model], nn.Module] = not_here  # a network of a family for this task, with random weights
-    price: Callable[[nn.Module], float] | None = None  # measured latency on the first target, ms; None: not measured
-    note: Callable[[str, Any], None] = lambda key, value: None  # tell the report what was chosen; plain JSON
-    blueprint: Callable[[nn.Module], Blueprint] | None = None  # of its INT8 file for the first target; None: not made
-    learnt: Callable[[str, tuple[Learnt, ...]], None] = lambda student, ranges: None  # for that student's INT8 file
+    epochs: int  # a method may use fewer, never more
+    num_classes: int  # or values that are predicted
+    first_batches: Callable[
+        [int], Iterator[Batch]
+    ]  # training batches, not augmented, in a fixed order; at most so many
+    task: Task  # what is learnt: it has the losses
+    # by teacher and class: the column of its logits, None if it lacks the class; (): all have the student's classes
+    class_columns: tuple[tuple[int | None, ...], ...] = ()
+    build: Callable[[Model], nn.Module] = refuse_build  # a network for this data set, with random weights
+    latency_ms: Callable[[nn.Module], float] | None = None  # measured on the first target; None: it cannot be measured
+    quant_spec: Callable[[nn.Module], QuantSpec] | None = (
+        None  # of the INT8 file for the first target; None: it has none
+    )
+    log_choice: Callable[[str, Any], None] = lambda key, value: None  # for the report; the value is plain JSON
+    save_ranges: Callable[[str, tuple[LearnedRange, ...]], None] = lambda student, ranges: None  # for its INT8 file
 
 
-Script: TypeAlias = "Generator[Phase, Outcome, Students]"
+PhaseGenerator: TypeAlias = "Generator[Phase, PhaseResult, Students]"
 
 
 @dataclass(frozen=True)
 class Method(Plugin, ABC):
-    """A distillation method. Fields are its settings; its state lives in `teach`."""
+    """A distillation method. Fields are its settings; its state lives in the locals of `phases`."""
 
     FOLDER: ClassVar[str] = "methods"
-    LABELS_ONLY: ClassVar[bool] = False  # it has no use for images without labels; it sees the others more often
-    LEARNS_RANGES: ClassVar[bool] = False  # of its students' INT8 files: these belong to the weights as they are
+    LABELS_ONLY: ClassVar[bool] = False  # it cannot use unlabelled images; labelled ones are repeated instead
+    LEARNS_RANGES: ClassVar[bool] = False  # of its students' INT8 files; they fit the exported weights only
 
     @property
-    def priced(self) -> bool:
-        """Whether `teach` asks what networks are on the first target: `lesson.price`, `lesson.blueprint`."""
+    def needs_target(self) -> bool:
+        """Whether `phases` uses the first target: `ctx.latency_ms` or `ctx.quant_spec`."""
         return False
 
     @abstractmethod
-    def teach(self, lesson: Lesson) -> Script:
-        """Yield each phase, be sent its outcome, return the students to deploy."""
+    def phases(self, ctx: TrainingContext) -> PhaseGenerator:
+        """Yield each phase, receive its result, return the students to deploy.
+
+        Raises:
+            ConfigError: if the method does not fit the networks or the budget; before the first phase, if possible.
+        """
 
 
-def play(script: Script, run: Callable[[Phase], Outcome]) -> Students:
-    """Run every phase of a script and hand back its students."""
-    step = partial(next, script)
+def run_phases(phases: PhaseGenerator, run: Callable[[Phase], PhaseResult]) -> Students:
+    """Run every phase of a method and return its students."""
+    step = partial(next, phases)
     while True:
         try:
             phase = step()
         except StopIteration as end:
             students: Students = end.value
             return students
-        step = partial(script.send, run(phase))
+        step = partial(phases.send, run(phase))

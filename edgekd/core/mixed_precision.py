@@ -1,68 +1,89 @@
-"""What INT8 costs a network layer by layer, and the mixes of INT8 and float layers that were tried."""
+"""What INT8 costs a network layer by layer, and the trade-off of INT8 and float layers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edgekd.core.bench_result import Interval, Machine, Runtime
 
 
 @dataclass(frozen=True)
-class Marks:
-    """How well a file answers validation images."""
+class EvalScores:
+    """How well a file does on validation images."""
 
-    accuracy: float  # percent
-    drop: Interval  # points of accuracy that FP32 is ahead on the same images
-    snr_db: float  # power of FP32's answers to that of the difference
+    accuracy: float
+    """Percent."""
+    accuracy_drop: Interval
+    """Points of accuracy that FP32 is ahead on the same images."""
+    snr_db: float
+    """Power of FP32's outputs to that of the difference."""
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A layer that can stay float. Prices are ratios: of its latency to that of the network all in INT8."""
+class LayerSensitivity:
+    """A layer that can stay float."""
 
     name: str
     op: str
-    macs: int  # of one image
-    alone: Marks  # with only this layer in INT8
-    price: Interval | None  # of the network with only this layer in float; None: not measured
+    macs: int
+    """Of one image."""
+    int8_alone: EvalScores
+    """With only this layer in INT8."""
+    latency_ratio: Interval | None
+    """With only this layer in float, to all layers in INT8; null: not measured."""
 
 
 @dataclass(frozen=True)
-class Mix:
+class MixedPrecision:
     """An INT8 file with some layers in float."""
 
-    floats: tuple[str, ...]
-    marks: Marks
-    macs: float  # share of the multiply-accumulates that are in float
-    price: Interval | None
+    keep_float: tuple[str, ...]
+    scores: EvalScores
+    float_macs_fraction: float
+    """Of the multiply-accumulates."""
+    latency_ratio: Interval | None
+    """To all layers in INT8; null: not measured."""
 
 
 @dataclass(frozen=True)
-class Frontier:
-    """What was tried for one network on one target, and what came of it."""
+class ParetoFront:
+    """The candidates that were evaluated for one network on one target, and the one selected."""
 
     network: str
     target: str
-    metric: str  # top1, delta1
+    metric: str
+    """Top1, delta1."""
     max_drop: float | None
-    accuracy: float  # of FP32, percent
-    images: int  # validation images that mixes were judged on
-    ranked: int  # of them, those that single layers were judged on
-    layers: tuple[Layer, ...]  # the one to free first is first; none where nothing had to be freed
-    mixes: tuple[Mix, ...]  # all in INT8 first, then as they were tried
-    chosen: int  # of the mixes
-    unpriced: str  # why latency was not measured, so that layers were priced by their MACs; empty if it was
-    fp32: Interval | None = None  # price of the float file
+    accuracy: float
+    """Of FP32, percent."""
+    images: int
+    """Validation images that candidates were evaluated on."""
+    layer_images: int
+    """Of them, those that single layers were evaluated on."""
+    layers: tuple[LayerSensitivity, ...]
+    """The one to keep float first is first; none where nothing has to stay float."""
+    candidates: tuple[MixedPrecision, ...]
+    """All in INT8 first, then in the order of the search."""
+    selected: int
+    """Index of a candidate."""
+    not_timed_reason: str
+    """Why latency was not measured, so that MACs are the cost; empty if it was."""
+    fp32_latency_ratio: Interval | None = None
+    """Of the float file, to all layers in INT8."""
     machine: Machine | None = None
     runtime: Runtime | None = None
-    aa: Interval | None = None  # ratio of the INT8 file to its own duplicate: should hold 1
+    aa_ratio: Interval | None = None
+    """Ratio of the INT8 file to its own duplicate: should hold 1."""
     warnings: tuple[str, ...] = ()
-    started: str = ""  # of the comparison of the mixes, UTC, ISO 8601
+    started: str = ""
+    """Of the benchmark of the candidates, UTC, ISO 8601."""
+    session_config: dict[str, str] = field(default_factory=dict)
+    """Entries of the onnxruntime sessions that answered."""
 
     @property
-    def mix(self) -> Mix:
-        return self.mixes[self.chosen]
+    def selection(self) -> MixedPrecision:
+        return self.candidates[self.selected]
 
     @property
-    def met(self) -> bool:
-        return self.max_drop is None or self.mix.marks.drop.mid <= self.max_drop
+    def meets_limit(self) -> bool:
+        return self.max_drop is None or self.selection.scores.accuracy_drop.estimate <= self.max_drop

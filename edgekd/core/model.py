@@ -1,4 +1,4 @@
-"""What a family of networks is: settings that build one for a task."""
+"""The interface of a network family: settings that build a network for a data set."""
 
 from __future__ import annotations
 
@@ -14,10 +14,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Model(Plugin, ABC):
-    """A family of networks, with the settings of one member."""
+    """A family of networks, with the settings of one network."""
 
     FOLDER: ClassVar[str] = "models"
 
     @abstractmethod
     def build(self, classes: int, channels: int) -> nn.Module:
-        """A network with random weights: (N, channels, H, W) float32 to (N, classes) logits."""
+        """Build a network with random weights.
+
+        Args:
+            classes: number of logits.
+            channels: of the images.
+
+        Returns:
+            A module that maps (N, channels, H, W) float32 to (N, classes) logits.
+        """

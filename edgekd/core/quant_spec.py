@@ -1,27 +1,27 @@
-"""What an INT8 file of a network rounds, for methods that train with it."""
+"""Which tensors and weights an INT8 file quantizes, for quantization-aware training."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edgekd.core.artifact import Mark
-from edgekd.core.quant_scheme import Dialect
+from edgekd.core.artifact import Fingerprint
+from edgekd.core.quant_scheme import QuantScheme
 
 
 @dataclass(frozen=True)
-class Rounded:
-    """A tensor that the INT8 file of a network rounds, with all that are rounded in the same steps."""
+class QuantizedTensor:
+    """A tensor that the INT8 file quantizes, with all tensors that share its scale."""
 
-    marks: tuple[Mark, ...]  # the tensor's own first
+    fingerprints: tuple[Fingerprint, ...]  # the tensor's first
     low: float  # calibrated range
     high: float
-    readers: tuple[Mark, ...] | None  # who takes it rounded, by their weights, else by their outputs; None: everyone
+    readers: tuple[Fingerprint, ...] | None  # consumers of the quantized values, by weights or outputs; None: all
 
 
 @dataclass(frozen=True)
-class Blueprint:
-    """What the INT8 file of a network rounds, and how."""
+class QuantSpec:
+    """What the INT8 file of a network quantizes, and how."""
 
-    dialect: Dialect
-    tensors: tuple[Rounded, ...]
-    weights: tuple[tuple[Mark, bool], ...]  # BatchNorms folded in; with a scale for each output channel or for all
+    scheme: QuantScheme
+    tensors: tuple[QuantizedTensor, ...]
+    weights: tuple[tuple[Fingerprint, bool], ...]  # BatchNorm folded; True: a scale per output channel

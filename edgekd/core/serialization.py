@@ -1,4 +1,4 @@
-"""Dataclasses to JSON and back, through pydantic: settings, artefacts and measurements alike."""
+"""Convert dataclasses to JSON and back, through pydantic: settings, artifacts and measurements alike."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 
 from edgekd.core import plugins
 from edgekd.core.artifact import File
+from edgekd.core.renamed import new_name
 from edgekd.errors import ConfigError
 
 T = TypeVar("T")
-MOST, LONGEST = 20, 100  # mistakes that are told at once; letters of a value that are quoted
+MAX_MISTAKES, MAX_QUOTED = 20, 100  # mistakes of one message; characters of a value in it
 EXAMPLE = "`edgekd init` shows an example"
 HINTS = {  # by pydantic's name of the mistake
     **dict.fromkeys(("int_type", "int_from_float", "int_parsing_size"), "write a whole number"),
@@ -30,13 +31,13 @@ HINTS = {  # by pydantic's name of the mistake
 }
 
 
-def dump(value: Any) -> Any:
-    """Plain JSON. A plug-in becomes {"use": its name, ...}; a file is its name and hash."""
+def to_json(value: Any) -> Any:
+    """Return plain JSON. A plug-in becomes {"use": its name, ...}; a file is its name and hash."""
     return _plain(value, whole=True)
 
 
-def facts(value: Any) -> Any:
-    """`dump` without the fields that only tell how something came to be (metadata `key: False`)."""
+def cache_key(value: Any) -> Any:
+    """Return `to_json` without the fields that determine no output (NOT_IN_KEY)."""
     return _plain(value, whole=False)
 
 
@@ -44,8 +45,8 @@ def _plain(value: Any, whole: bool) -> Any:
     if isinstance(value, File):
         return {"name": value.path.name, "sha256": value.sha256}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        told = [f.name for f in dataclasses.fields(value) if whole or f.metadata.get("key", True)]
-        fields = {name: _plain(getattr(value, name), whole) for name in told}
+        names = [f.name for f in dataclasses.fields(value) if whole or f.metadata.get("key", True)]
+        fields = {name: _plain(getattr(value, name), whole) for name in names}
         return {"use": plugins.name_of(value), **fields} if plugins.folder_of(type(value)) else fields
     if isinstance(value, (list, tuple)):
         return [_plain(v, whole) for v in value]
@@ -54,16 +55,16 @@ def _plain(value: Any, whole: bool) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def read(path: Path, hint: str) -> Any:
-    """What a JSON file from outside says. Raises ConfigError with `hint` for what is none, as NaN and 1e999 are."""
+def read_json(path: Path, hint: str) -> Any:
+    """Return the content of a JSON file from outside. Raise ConfigError with `hint` if it is invalid, as NaN is."""
     try:
-        found = json.loads(
+        data = json.loads(
             path.read_text(encoding="utf-8"), parse_constant=_refused, parse_float=_finite, parse_int=_whole
         )
-        json.dumps(found, ensure_ascii=False).encode()  # half of a pair of surrogates is no text
+        json.dumps(data, ensure_ascii=False).encode()  # half of a surrogate pair is not text
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"`{path}` cannot be read: {error}", hint=hint) from None
-    return found
+    return data
 
 
 def _refused(text: str) -> float:
@@ -81,14 +82,20 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def load(
+def from_json(
     kind: type[T], data: Any, home: Path = Path(), find: Callable[[Path, str], File] = File.checked, hint: str = ""
 ) -> T:
-    """The object that `data` describes; files are looked for in `home` and must match their hash.
+    """Return the object that `data` describes. No value is converted, and settings have no unknown key.
 
-    `find(path, sha256)` gives another kind of file, for a record that outlives its files. Strict: no value is
-    converted, and settings have no unknown key. Raises ConfigError with every mistake at once, each with what helps
-    where a person wrote it; or all with `hint`.
+    Args:
+        kind: the type of the object.
+        data: as `to_json` returns it.
+        home: the folder of its files, which must match their hashes.
+        find: makes a file of its path and hash, for a record that outlives its files.
+        hint: of errors; empty: each mistake has its own.
+
+    Raises:
+        ConfigError: with every mistake at once.
     """
     from pydantic import ValidationError
 
@@ -98,68 +105,72 @@ def load(
             T, _adapter(typing.cast(Any, kind)).validate_json(json.dumps(data), strict=True, context=context)
         )
     except ValidationError as error:
-        raise mistakes(error, kind, data, hint) from None
+        raise config_error(error, kind, data, hint) from None
 
 
 @cache
 def _adapter(kind: Any) -> Any:
-    """Takes some 20 ms to make."""
+    """Return pydantic's adapter of a type, which takes some 20 ms to make."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)
 
 
-def mistakes(error: Any, kind: Any, data: Any, hint: str = "") -> ConfigError:
-    """One ConfigError for all that pydantic found; each mistake with the full path of its key, and its own hint."""
-    found = [mistake(item, kind, data) for item in error.errors()[:MOST]]
-    lines = [f"{one.what}\n    hint: {one.hint}" if one.hint and not hint else one.what for one in found]
+def config_error(error: Any, kind: Any, data: Any, hint: str = "") -> ConfigError:
+    """Return one ConfigError for all mistakes, each with the full path of its key."""
+    mistakes = [describe_mistake(item, kind, data) for item in error.errors()[:MAX_MISTAKES]]
+    lines = [f"{one.what}\n    hint: {one.hint}" if one.hint and not hint else one.what for one in mistakes]
     count = error.error_count()
     if count == 1:
-        return ConfigError(found[0].what, hint=hint or found[0].hint)
-    more = [f"and {count - MOST} more"] if count > MOST else []
+        return ConfigError(mistakes[0].what, hint=hint or mistakes[0].hint)
+    more = [f"and {count - MAX_MISTAKES} more"] if count > MAX_MISTAKES else []
     return ConfigError(f"{count} mistakes:\n  " + "\n  ".join(lines + more), hint=hint)
 
 
-def mistake(found: Any, kind: type, data: Any) -> ConfigError:
-    path = [part for part in found["loc"] if part != "function-plain"]
+def describe_mistake(mistake: Any, kind: type, data: Any) -> ConfigError:
+    """Return the error for one of pydantic's mistakes."""
+    path = [part for part in mistake["loc"] if part != "function-plain"]
     where = ".".join(str(part) for part in path) or "the configuration"
-    cause = found.get("ctx", {}).get("error")
-    if found["type"] == "unexpected_keyword_argument":
+    cause = mistake.get("ctx", {}).get("error")
+    if mistake["type"] == "unexpected_keyword_argument":
         parent = ".".join(map(str, path[:-1])) or "the configuration"
-        return plugins.unknown(f"{parent} has no `{path[-1]}`", str(path[-1]), fields_at(kind, data, path[:-1]))
+        return plugins.unknown_name(f"{parent} has no `{path[-1]}`", str(path[-1]), allowed_keys(kind, data, path[:-1]))
     if isinstance(cause, ConfigError):
         return ConfigError(f"{where}: {cause.what}", hint=cause.hint)
-    if found["type"] in ("missing", "missing_argument"):
-        return ConfigError(f"{where} is missing", hint=sample(kind_at(kind, data, path[:-1]), str(path[-1])))
-    if found["type"] == "no_use":
-        return ConfigError(f"{where} {found['msg']}", hint=f"`edgekd list` says what each of them is; {EXAMPLE}")
-    quoted = json.dumps(found["input"], default=str)
-    quoted = quoted if len(quoted) <= LONGEST else f"{quoted[:LONGEST]}..."
-    return ConfigError(f"{where} is {quoted}: {found['msg']}", hint=HINTS.get(found["type"], EXAMPLE))
+    if mistake["type"] in ("missing", "missing_argument"):
+        return ConfigError(f"{where} is missing", hint=example_of(type_at(kind, data, path[:-1]), str(path[-1])))
+    if mistake["type"] == "no_use":
+        return ConfigError(f"{where} {mistake['msg']}", hint=f"`edgekd list` says what each of them is; {EXAMPLE}")
+    quoted = json.dumps(mistake["input"], default=str)
+    quoted = quoted if len(quoted) <= MAX_QUOTED else f"{quoted[:MAX_QUOTED]}..."
+    hint = HINTS.get(mistake["type"], EXAMPLE)
+    if mistake["type"] == "literal_error" and (new := new_name(str(mistake["input"]), mistake["ctx"]["expected"])):
+        hint = f"it is called `{new}` now"
+    return ConfigError(f"{where} is {quoted}: {mistake['msg']}", hint=hint)
 
 
-def sample(above: Any, key: str) -> str:
-    """What to write for the setting `key` of `above`, which has no default."""
+def example_of(above: Any, key: str) -> str:
+    """Return what to write for the setting `key` of the type `above`, which has no default."""
     kind = typing.get_type_hints(above).get(key) if dataclasses.is_dataclass(above) else None
     inner = next(iter(typing.get_args(kind)), None) if typing.get_origin(kind) is tuple else kind
     if not (isinstance(inner, type) and "FOLDER" in vars(inner)):
         return EXAMPLE
     one = "{use: NAME}"
-    said = one if inner is kind else f"[{one}]"
-    return f"write `{key}: {said}`; `edgekd list {vars(inner)['FOLDER']}` says the names"
+    text = one if inner is kind else f"[{one}]"
+    return f"write `{key}: {text}`; `edgekd list {vars(inner)['FOLDER']}` says the names"
 
 
-def fields_at(kind: Any, data: Any, path: list[Any]) -> list[str]:
-    """The keys that are allowed at `path` of a `kind`."""
-    kind = kind_at(kind, data, path)
+def allowed_keys(kind: Any, data: Any, path: list[Any]) -> list[str]:
+    """Return the keys that are allowed at `path` of a type."""
+    kind = type_at(kind, data, path)
     if not dataclasses.is_dataclass(kind):
         return []
     return sorted([f.name for f in dataclasses.fields(kind)] + ["use"] * bool(plugins.folder_of(kind)))  # type: ignore[arg-type]
 
 
-def kind_at(kind: Any, data: Any, path: list[Any]) -> Any:
-    """What is to stand at `path` of a `kind`, with its plug-ins as `data` chooses them."""
-    kind = concrete(kind, data)
+def type_at(kind: Any, data: Any, path: list[Any]) -> Any:
+    """Return the type at `path` of a type, with its plug-ins as `data` chooses them."""
+    kind = concrete_type(kind, data)
     for part in path:
         inner = typing.get_args(kind)
         if isinstance(kind, type):
@@ -167,12 +178,12 @@ def kind_at(kind: Any, data: Any, path: list[Any]) -> Any:
         else:
             hint = next(iter(inner[-1:] if typing.get_origin(kind) is dict else inner), None)
         data = data[part]
-        kind = concrete(hint, data)
+        kind = concrete_type(hint, data)
     return kind
 
 
-def concrete(hint: Any, data: Any) -> Any:
-    """`hint` with `| None` taken off, and a plug-in interface replaced by the plug-in that `data` chooses."""
+def concrete_type(hint: Any, data: Any) -> Any:
+    """Return a type without `| None`, and the plug-in that `data` chooses instead of an interface."""
     options = [a for a in typing.get_args(hint) if a is not type(None)]
     if options and type(None) in typing.get_args(hint):
         hint = options[0]

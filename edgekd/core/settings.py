@@ -1,4 +1,4 @@
-"""What the user may set: strict dataclasses, and plug-ins chosen by `use: name`."""
+"""Settings: strict dataclasses, and plug-ins that are chosen by `use: name`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edgekd.core import plugins
 class Settings:
     """Root of every dataclass that a configuration can fill. Unknown keys are mistakes."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "use_attribute_docstrings": True}
 
 
 class Plugin(Settings):
@@ -20,7 +20,7 @@ class Plugin(Settings):
     FOLDER: ClassVar[str]
 
     def fingerprint(self) -> str:
-        """Stands for what is outside of edgekd and decides what the plug-in does: images, foreign code."""
+        """Return a hash of what is outside of edgekd and determines what the plug-in does: images, a user's code."""
         return ""
 
     @classmethod

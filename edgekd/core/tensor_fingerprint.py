@@ -1,7 +1,7 @@
-"""Marks: statistics of a tensor's values for one fixed input, by which it is found again in whatever an exporter wrote.
+"""Fingerprints: statistics of a tensor's values for one fixed input, which identify it in any exported graph.
 
-Names do not last: torch's two exporters give tensors other names, optimisers rename and fuse. Values do. Two tensors
-with one mark hold the same numbers (a view of a map, a maximum that changes nothing), so they also share a range.
+Names do not survive: torch's two exporters name tensors differently, optimisers rename and fuse. Values do. Two tensors
+with one fingerprint hold the same numbers (a view of a map, a maximum that changes nothing), so they share a range.
 """
 
 from __future__ import annotations
@@ -10,27 +10,27 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edgekd.core.artifact import Mark
+from edgekd.core.artifact import Fingerprint
 
-PROBES = 4  # images that are looked at
-NEAR = 1e-3  # of the largest magnitude: how far the statistics of two computations of one tensor are apart
-
-
-def probe(shape: tuple[int, ...]) -> np.ndarray:
-    """The fixed input for images of `shape`, (C, H, W): (4, C, H, W) float32, standard normal."""
-    return np.random.default_rng(0).standard_normal((PROBES, *shape), np.float32)
+NUM_PROBES = 4  # images in the fixed input
+TOLERANCE = 1e-3  # relative to the largest magnitude: difference between two computations of one tensor
 
 
-def mark(values: np.ndarray) -> Mark:
-    """The mark of a tensor that holds `values`, in any order."""
+def probe_images(shape: tuple[int, ...]) -> np.ndarray:
+    """Return the fixed input for images of `shape` (C, H, W): (4, C, H, W) float32, standard normal."""
+    return np.random.default_rng(0).standard_normal((NUM_PROBES, *shape), np.float32)
+
+
+def compute_fingerprint(values: np.ndarray) -> Fingerprint:
+    """Return the fingerprint of a tensor that holds `values`; their order does not matter."""
     numbers = values.astype(np.float64)
     return float(numbers.min()), float(numbers.max()), float(numbers.mean()), float(numbers.std())
 
 
-def nearest(wanted: Mark, known: Sequence[Mark]) -> int | None:
-    """The position among `known` of the mark that is nearest to `wanted`; None if there is none within tolerance."""
-    if not known:
+def nearest_fingerprint(query: Fingerprint, fingerprints: Sequence[Fingerprint]) -> int | None:
+    """Return the index of the fingerprint that is nearest to `query`; None if none is within the tolerance."""
+    if not fingerprints:
         return None
-    gaps = np.abs(np.asarray(known) - wanted).max(1)
+    gaps = np.abs(np.asarray(fingerprints) - query).max(1)
     best = int(gaps.argmin())
-    return best if gaps[best] <= NEAR * max(abs(wanted[0]), abs(wanted[1])) else None
+    return best if gaps[best] <= TOLERANCE * max(abs(query[0]), abs(query[1])) else None

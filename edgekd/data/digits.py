@@ -6,16 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgekd.core.dataset import Arrays, Augment, Content, Source
+from edgekd.core.augment import Augment
+from edgekd.core.dataset import Dataset, DatasetSplits, SplitArrays
+from edgekd.core.splits import stratified_split
 from edgekd.errors import ConfigError
-from edgekd.utils.splits import stratified
 
 TEST, VALID = 450, 270  # about 25 % and 15 % of 1,797
 SPLIT_SEED = 0  # the splits are fixed: results on them can be compared
 
 
 @dataclass(frozen=True)
-class Digits(Source):
+class Digits(Dataset):
     size: int = 16  # pixels; the originals have 8
     crop: int = 1
 
@@ -26,6 +27,10 @@ class Digits(Source):
             raise ConfigError(f"data.crop is {self.crop}", hint="use 0 or more pixels; 1 suits images this small")
 
     @property
+    def task(self) -> str:
+        return "classification"
+
+    @property
     def augment(self) -> Augment:
         return Augment(self.crop, flip=False)
 
@@ -34,7 +39,7 @@ class Digits(Source):
 
         return f"scikit-learn {version('scikit-learn')}"
 
-    def read(self, limit: int | None) -> Content:
+    def read(self, limit: int | None) -> DatasetSplits:
         from PIL import Image
         from sklearn.datasets import load_digits
 
@@ -45,16 +50,16 @@ class Digits(Source):
             for image in grey
         ]
         images, labels = np.stack(scaled)[..., None], bunch.target.astype(np.int64)
-        test, rest = stratified(labels, TEST, SPLIT_SEED)
-        held, kept = stratified(labels[rest], VALID, SPLIT_SEED + 1)
+        test, rest = stratified_split(labels, TEST, SPLIT_SEED)
+        held, kept = stratified_split(labels[rest], VALID, SPLIT_SEED + 1)
         train, valid = rest[kept], rest[held]
         parts = [first(limit, labels, part) for part in (train, valid, test)]
-        training, validation, testing = (Arrays(images[part], labels[part]) for part in parts)
-        return Content(training, validation, testing, classes=tuple(str(d) for d in range(10)))
+        training, validation, testing = (SplitArrays(images[part], labels[part]) for part in parts)
+        return DatasetSplits(training, validation, testing, classes=tuple(str(d) for d in range(10)))
 
 
 def first(limit: int | None, labels: np.ndarray, part: np.ndarray) -> np.ndarray:
-    """The first `limit` members of each class among the indices `part`."""
+    """Return the first `limit` members of each class among the indices `part`."""
     if limit is None:
         return part
     return np.sort(np.concatenate([part[labels[part] == label][:limit] for label in np.unique(labels)]))

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgekd.core.artifact import File
-from edgekd.core.dataset import Arrays, Augment, Content, Source
-from edgekd.core.plugins import unknown
+from edgekd.core.augment import Augment
+from edgekd.core.dataset import Dataset, DatasetSplits, SplitArrays
+from edgekd.core.plugins import unknown_name
+from edgekd.core.splits import stratified_split
 from edgekd.errors import ConfigError, DataError
-from edgekd.utils.external import foreign
-from edgekd.utils.paths import leads_out
-from edgekd.utils.progress import bar
-from edgekd.utils.splits import stratified
+from edgekd.utils.external import external_code
+from edgekd.utils.paths import escapes_folder
+from edgekd.utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,9 +32,9 @@ LARGEST = 50_000_000  # pixels of an image: 200 MB while it is decoded
 
 
 @dataclass(frozen=True)
-class Folder(Source):
+class Folder(Dataset):
     root: str
-    valid: float = 0.1  # share of the training images that is held out for choices
+    valid_fraction: float = 0.1  # of the training images, held out for choices
     size: int | None = None  # resize the shorter side and cut the centre; None: all images have one size already
     grey: bool = False
     crop: int = 4
@@ -45,8 +46,10 @@ class Folder(Source):
     def __post_init__(self) -> None:
         if len(self.only) == 1:
             raise ConfigError(f"data.only names one class (`{self.only[0]}`)", hint="a classifier needs two or more")
-        if not 0 < self.valid < 1:
-            raise ConfigError(f"data.valid is {self.valid}", hint="use a share between 0 and 1, such as 0.1")
+        if not 0 < self.valid_fraction < 1:
+            raise ConfigError(
+                f"data.valid_fraction is {self.valid_fraction}", hint="use a fraction between 0 and 1, such as 0.1"
+            )
         if self.size is not None and self.size < 1:
             raise ConfigError(
                 f"data.size is {self.size}", hint="use 1 pixel or more; without it images stay as they are"
@@ -55,43 +58,47 @@ class Folder(Source):
             raise ConfigError(f"data.crop is {self.crop}", hint="use 0 or more pixels; 4 suits images of 32 pixels")
 
     @property
+    def task(self) -> str:
+        return "classification"
+
+    @property
     def augment(self) -> Augment:
         return Augment(self.crop, self.flip)
 
     def fingerprint(self) -> str:
-        """Of names and bytes. Not of times: a checkout in CI makes all files new."""
+        """Return a hash of names and bytes. Not of times: a checkout in CI makes all files new."""
         total = hashlib.sha256()
         for part in ("train", "test"):
             for path in self.files(part):
                 total.update(f"{path.relative_to(self.root)} {File.of(path).sha256}\n".encode())
         return total.hexdigest()
 
-    def read(self, limit: int | None) -> Content:
+    def read(self, limit: int | None) -> DatasetSplits:
         classes = self.classes()
         trained, tested = self.decode("train", classes, limit), self.decode("test", classes, limit)
-        held, kept = stratified(trained.labels, round(self.valid * len(trained.labels)), self.seed)
-        return Content(
-            train=Arrays(trained.images[kept], trained.labels[kept]),
-            valid=Arrays(trained.images[held], trained.labels[held]),
+        held, kept = stratified_split(trained.labels, round(self.valid_fraction * len(trained.labels)), self.seed)
+        return DatasetSplits(
+            train=SplitArrays(trained.images[kept], trained.labels[kept]),
+            valid=SplitArrays(trained.images[held], trained.labels[held]),
             test=tested,
             classes=classes,
         )
 
     def classes(self) -> tuple[str, ...]:
-        """The class names: the folders under `train`, sorted. `test` must have the same."""
-        found = {part: self.class_folders(part) for part in ("train", "test")}
-        if found["train"] != found["test"]:
-            odd = sorted(set(found["train"]) ^ set(found["test"]))
+        """Return the class names: the folders under `train`, sorted. `test` must have the same."""
+        folders = {part: self.class_folders(part) for part in ("train", "test")}
+        if folders["train"] != folders["test"]:
+            unpaired = sorted(set(folders["train"]) ^ set(folders["test"]))
             raise DataError(
-                f"`{self.root}`: train and test hold different classes ({', '.join(odd[:SHOWN])})",
+                f"`{self.root}`: train and test hold different classes ({', '.join(unpaired[:SHOWN])})",
                 hint="give both the same class folders",
             )
-        if len(found["train"]) < 2:
+        if len(folders["train"]) < 2:
             raise DataError(
-                f"`{self.root}/train` has one class only (`{found['train'][0]}`)",
+                f"`{self.root}/train` has one class only (`{folders['train'][0]}`)",
                 hint="a classifier needs two class folders or more",
             )
-        return tuple(found["train"])
+        return tuple(folders["train"])
 
     def class_folders(self, part: str) -> list[str]:
         home = Path(self.root) / part
@@ -107,34 +114,34 @@ class Folder(Source):
             )
         for name in self.only:
             if name not in names:
-                raise unknown(f"data.only: `{home}` has no class folder `{name}`", name, names)
+                raise unknown_name(f"data.only: `{home}` has no class folder `{name}`", name, names)
         return [name for name in names if name in self.only or not self.only]
 
     def files(self, part: str, limit: int | None = None) -> list[Path]:
-        """The images of a part, in a fixed order; at most `limit` of each class."""
-        found = []
+        """Return the images of a part, in a fixed order; at most `limit` of each class."""
+        paths = []
         for name in self.class_folders(part):
             home = Path(self.root) / part / name
             images = sorted(p for p in home.iterdir() if p.suffix.lower() in SUFFIXES)
             if not images:
                 raise DataError(f"class folder `{home}` holds no image", hint="remove it, or put images there")
             self.check(home, images[:limit])
-            found += images[:limit]
-        return found
+            paths += images[:limit]
+        return paths
 
     def check(self, home: Path, images: list[Path]) -> None:
-        """Raises DataError for what is no file, or not within root: where links lead to would go into bundles."""
+        """Raise DataError for what is no file, or not within root: where links lead to would go into bundles."""
         for path in images:
             if not path.is_file():
                 raise DataError(f"`{path}` is no file", hint="remove it")
         for path in (home, *(path for path in images if path.is_symlink())):
-            if not self.links and leads_out(Path(self.root), path.relative_to(self.root).as_posix()):
+            if not self.links and escapes_folder(Path(self.root), path.relative_to(self.root).as_posix()):
                 raise DataError(
                     f"`{path}` leads out of `{self.root}`, to `{os.path.realpath(path)}`",
                     hint="set `data.links: true` if the links are yours; do not use the data set if they are not",
                 )
 
-    def decode(self, part: str, classes: tuple[str, ...], limit: int | None) -> Arrays:
+    def decode(self, part: str, classes: tuple[str, ...], limit: int | None) -> SplitArrays:
         paths = self.files(part, limit)
         number = {name: i for i, name in enumerate(classes)}
         labels = np.array([number[p.parent.name] for p in paths], np.int64)
@@ -151,7 +158,7 @@ class Folder(Source):
 
         with (
             ThreadPoolExecutor(os.cpu_count()) as pool,
-            bar(f"decode {part}", len(paths)) as advance,
+            progress_bar(f"decode {part}", len(paths)) as advance,
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")  # of Pillow: about what it reads all the same
@@ -166,12 +173,12 @@ class Folder(Source):
         if failed:
             raise DataError(
                 f"{len(failed)} of {len(paths)} images cannot be read: {'; '.join(sorted(failed)[:SHOWN])}",
-                hint="mend or remove them",
+                hint="fix or remove them",
             )
         if len(sizes) > 1:
             some = ", ".join(f"{w}x{h}" for h, w, _ in sorted(sizes)[:SHOWN])
             raise DataError(f"the images of `{part}` differ in size ({some} ...)", hint="set data.size")
-        return Arrays(kept, labels)
+        return SplitArrays(kept, labels)
 
     def image(self, path: Path) -> np.ndarray:
         """(H, W, C) uint8: the first picture of a file, 16 bits cut to 8, transparency left out.
@@ -181,7 +188,7 @@ class Folder(Source):
         from PIL import Image, ImageOps
 
         with (
-            foreign("it is not whole, or no image", "mend or remove it", DataError),
+            external_code("it is not whole, or no image", "fix or remove it", DataError),
             Image.open(path, formats=FORMATS) as opened,
         ):
             if opened.width * opened.height > LARGEST:
@@ -193,7 +200,7 @@ class Folder(Source):
 
 
 def eight_bits(image: Image) -> Image:
-    """The picture, with 8 bits where it has 16 in grey. Raises DataError for numbers that need a scale."""
+    """Return the picture, with 8 bits where it has 16 in grey. Raises DataError for numbers that need a scale."""
     from PIL import Image as pillow
 
     if image.mode.startswith("I;16"):
@@ -204,7 +211,7 @@ def eight_bits(image: Image) -> Image:
 
 
 def room(part: str, count: int, shape: tuple[int, ...]) -> np.ndarray:
-    """An array for so many images. Raises DataError where this machine has no memory for them."""
+    """Return an array for so many images. Raises DataError where this machine has no memory for them."""
     needed, here = count * int(np.prod(shape)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > here:
         raise DataError(

@@ -1,7 +1,7 @@
-"""Rendered rooms with spheres, and the depth of every pixel: a dense task that needs no download.
+"""Rendered rooms with spheres, and the depth of every pixel: a regression that needs no download.
 
-Each image is ray-cast anew from its own seed: a camera above a chequered floor, a back wall, spheres, one light, noise.
-The answer is the distance to the camera's plane in metres, as depth cameras give it.
+Each image is ray-cast from its own seed: a camera above a chequered floor, a back wall, spheres, one light, noise.
+The target is the distance to the camera's plane in metres, as depth cameras give it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgekd.core.dataset import Arrays, Augment, Content, Source
+from edgekd.core.augment import Augment
+from edgekd.core.dataset import Dataset, DatasetSplits, SplitArrays
 from edgekd.errors import ConfigError
-from edgekd.utils.progress import bar
+from edgekd.utils.progress import progress_bar
 
 FOCAL = 1.1  # in image widths
 FAR = 8.0  # metres, at most: the back wall
@@ -20,7 +21,7 @@ HIDDEN = 0.02  # share of pixels that have no depth, as a sensor's dropouts
 
 
 @dataclass(frozen=True)
-class Scenes(Source):
+class Scenes(Dataset):
     height: int = 48
     width: int = 64
     train: int = 1200
@@ -37,13 +38,17 @@ class Scenes(Source):
                 raise ConfigError(f"data.{name} is {getattr(self, name)}", hint="use 2 images or more")
 
     @property
-    def augment(self) -> Augment:
-        return Augment()  # a shifted or mirrored image would need a shifted or mirrored answer
+    def task(self) -> str:
+        return "regression"
 
-    def read(self, limit: int | None) -> Content:
+    @property
+    def augment(self) -> Augment:
+        return Augment()
+
+    def read(self, limit: int | None) -> DatasetSplits:
         counts = [min(n, limit or n) for n in (self.train, self.valid, self.test)]
         splits = []
-        with bar("render", sum(counts)) as advance:
+        with progress_bar("render", sum(counts)) as advance:
             for part, count in enumerate(counts):
                 images = np.empty((count, self.height, self.width, 3), np.uint8)
                 depths = np.empty((count, 1, self.height, self.width), np.float32)
@@ -51,9 +56,9 @@ class Scenes(Source):
                     random = np.random.default_rng((self.seed, part, number))
                     images[number], depths[number, 0] = scene(random, self.height, self.width)
                     advance()
-                splits.append(Arrays(images, depths))
+                splits.append(SplitArrays(images, depths))
         train, valid, test = splits
-        return Content(train, valid, test, classes=("depth",))
+        return DatasetSplits(train, valid, test, classes=("depth",))
 
 
 def scene(random: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -90,7 +95,7 @@ def scene(random: np.random.Generator, height: int, width: int) -> tuple[np.ndar
 
 
 def directions(random: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """The ray of every pixel, (H, W, 3): x right, y down, z forward with length 1; the camera looks down a little."""
+    """Return the ray of every pixel, (H, W, 3): x right, y down, z forward with length 1; the camera is tilted down."""
     rows, columns = np.mgrid[0:height, 0:width]
     x, y = (columns + 0.5 - width / 2) / (FOCAL * width), (rows + 0.5 - height / 2) / (FOCAL * width)
     tilt = random.uniform(0.0, 0.3)  # radians
@@ -99,7 +104,7 @@ def directions(random: np.random.Generator, height: int, width: int) -> np.ndarr
 
 
 def sphere(rays: np.ndarray, place: np.ndarray, radius: float) -> np.ndarray:
-    """The depth at which each ray meets a sphere, infinite where it does not."""
+    """Return the depth at which each ray meets a sphere, infinite where it does not."""
     a, b = (rays**2).sum(-1), rays @ place
     inside = b**2 - a * (place @ place - radius**2)
     with np.errstate(invalid="ignore"):

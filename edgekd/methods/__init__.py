@@ -1,1 +1,11 @@
 """Distillation methods, one file each; the file name is the name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    from edgekd.core import plugins
+
+    return plugins.load_class("methods", name)

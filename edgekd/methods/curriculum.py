@@ -1,24 +1,25 @@
-"""curriculum: easy images first, in the order in which the student itself finds them easy; around any method.
+"""curriculum: easy images first, ordered by the loss of the student itself; wraps any method.
 
-Instance-level sequence learning (Zhao, Sun, Dong, Dong, Li, 2021, arXiv 2106.10885): a snapshot of the student early in
-its training scores every training image, the scores order the images, the student goes on with the easy ones, and this
-is repeated. With E the epochs of the lesson:
+Instance-level sequence learning (Zhao, Sun, Dong, Dong, Li, 2021, arXiv 2106.10885): a snapshot of the student early
+in its training scores every training image, the scores order the images, the student continues with the easy ones, and
+this is repeated. With E the epochs of the student:
 
-    difficulty = loss of the image for the student as it is now: cross-entropy, or mean absolute error of a map
-    place      = share of the images of its class that are easier                      (0 to below 1)
-    stage 0: epochs up to early E, all images: the snapshot that scores first
-    stage k: up to early E + (full - early) E k / stages, images with place < start + (1 - start)(k - 1) / stages
+    difficulty = loss of the image for the current student, as the task defines it
+    rank       = fraction of the images of its class that are easier                   (0 to below 1)
+    stage 0: epochs up to warmup E, all images: the snapshot that scores first
+    stage k: up to warmup E + (full - warmup) E k / n, images with rank < start + (1 - start)(k - 1) / n
     then all images, to the end                    (fewer stages where they would have less than an epoch)
 
-The base method's phases are cut where a stage ends; learning-rate schedule and `Batch.progress` run on over the cuts.
-The student scores anew wherever a part of a phase begins.
+with n = `num_stages`, and warmup, start and full the settings that end in `_fraction`. The phases of the base
+method are split where a stage ends; learning-rate schedule and `Batch.progress` continue over the splits. The student
+scores again wherever a part of a phase begins.
 
 Deviations from the paper, and why:
 - Only the abstract could be read. Score and pacing are therefore the simplest that it allows: loss, and equal steps.
 - Images are ordered within their class, so that the first stages lack no class.
-- An image without a label is scored against the teacher's answer. If no teacher knows the classes it comes in last.
-- Phases that teach neither the student nor a copy of it, such as those of a dictionary, and phases whose images the
-  base chose itself, stay as they are. Before a first phase of the student is over there is no score: all images count.
+- An unlabelled image is scored against the teacher's output. If no teacher knows all classes, it comes in last.
+- Phases that train neither the student nor a copy of it, such as those of a dictionary, and phases that select their
+  own images, stay as they are. Before a first phase of the student is over there is no score: all images are used.
 - Each part starts with fresh momentum, as every phase does.
 """
 
@@ -33,171 +34,167 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
+from edgekd.core.method import Batch, Losses, Method, Phase, PhaseGenerator, TrainingContext
 from edgekd.errors import ConfigError
-from edgekd.training.teachers import answering, columns
+from edgekd.training.teachers import class_columns, teacher_logits
 
 
 @dataclass(frozen=True)
-class Stage:
-    end: int  # in epochs of the lesson
-    share: float  # of the images
+class CurriculumStage:
+    """A stage: the epoch at which it ends, and its images."""
+
+    end: int  # in epochs of the student
+    fraction: float  # of the images
 
 
 @dataclass(frozen=True)
 class Curriculum(Method):
-    base: Method  # what is taught in this order
-    early: float = 0.1  # share of the budget before the first score
-    start: float = 0.4  # share of the images in the first stage
-    full: float = 0.6  # share of the budget after which all images count
-    stages: int = 3  # in which the set grows
+    """Settings of the curriculum."""
+
+    base: Method  # the method that trains in this order
+    warmup_fraction: float = 0.1  # of the budget, before the first score
+    start_fraction: float = 0.4  # of the images, in the first stage
+    full_fraction: float = 0.6  # of the budget, after which all images are used
+    num_stages: int = 3  # in which the set grows
 
     def __post_init__(self) -> None:
-        for name in ("early", "start", "full"):
+        for name in ("warmup_fraction", "start_fraction", "full_fraction"):
             if not 0 < getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}", hint="use a share between 0 and 1")
-        if self.early >= self.full:
-            raise ConfigError(f"early ({self.early}) is not below full ({self.full})", hint="give `full` more")
-        if self.stages < 1:
-            raise ConfigError(f"stages is {self.stages}", hint="use 1 or more")
+                raise ConfigError(f"{name} is {getattr(self, name)}", hint="use a fraction between 0 and 1")
+        if self.warmup_fraction >= self.full_fraction:
+            raise ConfigError(
+                f"warmup_fraction ({self.warmup_fraction}) is not below full_fraction ({self.full_fraction})",
+                hint="increase full_fraction",
+            )
+        if self.num_stages < 1:
+            raise ConfigError(f"num_stages is {self.num_stages}", hint="use 1 or more")
 
     @property
-    def priced(self) -> bool:
-        return self.base.priced
+    def needs_target(self) -> bool:
+        return self.base.needs_target
 
-    def teach(self, lesson: Lesson) -> Script:
-        stages = self.plan(lesson.epochs)
-        script = self.base.teach(lesson)
-        spent, learnt = 0, False
-        told: list[dict[str, Any]] = []
-        step = partial(next, script)
+    def phases(self, ctx: TrainingContext) -> PhaseGenerator:
+        stages = self.plan(ctx.epochs)
+        phases = self.base.phases(ctx)
+        epoch, trained = 0, False
+        summary: list[dict[str, Any]] = []
+        step = partial(next, phases)
         while True:
             try:
                 phase = step()
             except StopIteration as end:
-                lesson.note("curriculum", told)
+                ctx.log_choice("curriculum", summary)
                 return end.value  # type: ignore[no-any-return]
-            students = pupils(phase, lesson.student) if phase.samples is None else []
+            students = trained_students(phase, ctx.student) if phase.samples is None else []
             if students:
-                for first, last, share in cuts(spent, spent + phase.epochs, stages):
-                    samples = easiest(lesson, students, share) if learnt and share < 1 else None
-                    cut = part(phase, first - spent, last - spent)
-                    told.append({"phase": cut.name, "epochs": cut.epochs, "samples": samples and len(samples)})
-                    outcome = yield dataclasses.replace(cut, samples=samples)
-                    learnt = True
+                for first, last, fraction in split_stages(epoch, epoch + phase.epochs, stages):
+                    samples = easiest_images(ctx, students, fraction) if trained and fraction < 1 else None
+                    part = phase_part(phase, first - epoch, last - epoch)
+                    summary.append({"phase": part.name, "epochs": part.epochs, "samples": samples and len(samples)})
+                    result = yield dataclasses.replace(part, samples=samples)
+                    trained = True
             else:
-                outcome = yield phase
-            spent += phase.epochs
-            step = partial(script.send, outcome)
+                result = yield phase
+            epoch += phase.epochs
+            step = partial(phases.send, result)
 
-    def plan(self, epochs: int) -> tuple[Stage, ...]:
-        """The stages of a lesson; fewer where they would have less than an epoch each."""
-        early = max(1, round(self.early * epochs))
-        full = max(early + 1, round(self.full * epochs))
+    def plan(self, epochs: int) -> tuple[CurriculumStage, ...]:
+        """Return the stages for a budget; fewer where they would have less than an epoch each."""
+        warmup = max(1, round(self.warmup_fraction * epochs))
+        full = max(warmup + 1, round(self.full_fraction * epochs))
         if full >= epochs:
             raise ConfigError(
-                f"{epochs} epochs leave none for all images (first score after {early}, growing until {full})",
-                hint="give 3 epochs or more, and less `full`",
+                f"{epochs} epochs leave none for all images (first score after {warmup}, growing until {full})",
+                hint="use 3 epochs or more, or decrease full_fraction",
             )
-        count = min(self.stages, full - early)
+        count = min(self.num_stages, full - warmup)
         growing = [
-            Stage(early + round((full - early) * (k + 1) / count), self.start + (1 - self.start) * k / count)
+            CurriculumStage(
+                warmup + round((full - warmup) * (k + 1) / count),
+                self.start_fraction + (1 - self.start_fraction) * k / count,
+            )
             for k in range(count)
         ]
-        return Stage(early, 1.0), *growing, Stage(epochs, 1.0)
+        return CurriculumStage(warmup, 1.0), *growing, CurriculumStage(epochs, 1.0)
 
 
-def pupils(phase: Phase, student: nn.Module) -> list[nn.Module]:
-    """The networks whose answers a phase teaches: the student, if any of it learns, and copies of it."""
-    keys, own = student.state_dict().keys(), {id(p) for p in student.parameters()}
+def trained_students(phase: Phase, student: nn.Module) -> list[nn.Module]:
+    """Return the students that a phase trains: the student, if any of its parameters is trained, and copies of it."""
+    keys, parameters = student.state_dict().keys(), {id(p) for p in student.parameters()}
     copies = [m for m in phase.trains if m is not student and m.state_dict().keys() == keys]
-    itself = any(id(p) in own for m in phase.trains for p in m.parameters())
-    return [student, *copies] if itself else copies
+    trains_student = any(id(p) in parameters for m in phase.trains for p in m.parameters())
+    return [student, *copies] if trains_student else copies
 
 
-def cuts(begin: int, end: int, stages: tuple[Stage, ...]) -> Iterator[tuple[int, int, float]]:
-    """The stages' parts of a stretch of epochs, each with its share of the images."""
+def split_stages(begin: int, end: int, stages: tuple[CurriculumStage, ...]) -> Iterator[tuple[int, int, float]]:
+    """Yield the parts of the epochs from `begin` to `end` by stage: first, last, fraction of the images."""
     for stage in stages:
         until = min(stage.end, end)
         if until > begin:
-            yield begin, until, stage.share
+            yield begin, until, stage.fraction
             begin = until
 
 
-def part(phase: Phase, begin: int, end: int) -> Phase:
-    """Some epochs of a phase, with its own stretch of the learning-rate schedule and of `Batch.progress`."""
+def phase_part(phase: Phase, begin: int, end: int) -> Phase:
+    """Return some epochs of a phase, with their part of the learning-rate schedule and of `Batch.progress`."""
     if end - begin == phase.epochs:
         return phase
-    share = (end - begin) / phase.epochs
+    fraction = (end - begin) / phase.epochs
     start = begin / phase.epochs
-    low, high = phase.span
+    low, high = phase.lr_span
 
     def loss(batch: Batch) -> Losses:
-        return phase.loss(dataclasses.replace(batch, progress=start + share * batch.progress))
+        return phase.loss(dataclasses.replace(batch, progress=start + fraction * batch.progress))
 
     return dataclasses.replace(
         phase,
         name=f"{phase.name} {begin + 1}-{end}",
         loss=loss,
         epochs=end - begin,
-        span=(low + (high - low) * start, low + (high - low) * (start + share)),
+        lr_span=(low + (high - low) * start, low + (high - low) * (start + fraction)),
     )
 
 
-def easiest(lesson: Lesson, students: list[nn.Module], share: float) -> list[int]:
-    """The training images in the easiest `share` of their class, by the students' mean loss."""
+def easiest_images(ctx: TrainingContext, students: list[nn.Module], fraction: float) -> list[int]:
+    """Return the training images in the easiest fraction of their class, by the students' mean loss."""
     indices, losses, groups = [], [], []
-    truth = truths(lesson)
+    labels_of = reference_labels(ctx)
     with torch.no_grad():
-        for batch in lesson.sample(sys.maxsize):
-            wanted = truth(batch)
-            each = torch.stack([difficulty(student(batch.x), wanted) for student in students])
+        for batch in ctx.first_batches(sys.maxsize):
+            labels = labels_of(batch)
+            each = torch.stack([ctx.task.sample_losses(student(batch.images), labels) for student in students])
             indices.append(batch.index.cpu().numpy())
             losses.append(each.mean(0).cpu().numpy())
-            groups.append(np.zeros(len(wanted), np.int64) if lesson.dense else batch.y.cpu().numpy())
-    place = places(np.concatenate(losses), np.concatenate(groups))
-    return sorted(np.concatenate(indices)[place < share].tolist())
+            groups.append(ctx.task.strata(batch.labels.cpu().numpy()))
+    rank = difficulty_ranks(np.concatenate(losses), np.concatenate(groups))
+    return sorted(np.concatenate(indices)[rank < fraction].tolist())
 
 
-def truths(lesson: Lesson) -> Callable[[Batch], Tensor]:
-    """What answers are measured by: labels, and the teacher's answers where there are none and it knows the classes."""
-    if not lesson.teachers or None in columns(lesson):
-        return lambda batch: batch.y
-    teacher = answering(lesson)
+def reference_labels(ctx: TrainingContext) -> Callable[[Batch], Tensor]:
+    """Return a function from a batch to its labels; missing ones are the teacher's outputs, if it knows all classes."""
+    if not ctx.teachers or None in class_columns(ctx):
+        return lambda batch: batch.labels
+    teacher = teacher_logits(ctx)
 
-    def truth(batch: Batch) -> Tensor:
-        if lesson.dense:
-            missing, answer = batch.y.isnan(), teacher
-        else:
-            missing, answer = batch.y < 0, lambda x: teacher(x).argmax(1)
-        return torch.where(missing, answer(batch.x), batch.y) if missing.any() else batch.y
+    def labels(batch: Batch) -> Tensor:
+        if not ctx.task.unlabelled(batch.labels).any():
+            return batch.labels
+        return ctx.task.fill_targets(batch.labels, teacher(batch.images))
 
-    return truth
+    return labels
 
 
-def difficulty(answer: Tensor, truth: Tensor) -> Tensor:
-    """The loss of each of N samples, as `learn.losses.supervised` has it for all; infinite where nothing is known."""
-    if truth.is_floating_point():
-        known = ~truth.isnan()
-        gap = torch.where(known, answer.float() - truth, 0.0).abs().flatten(1).sum(1)
-        count = known.flatten(1).sum(1)
-        return torch.where(count > 0, gap / count, torch.inf)
-    loss = F.cross_entropy(answer.float(), truth.clamp(min=0), reduction="none")
-    return loss.masked_fill(truth < 0, torch.inf)
-
-
-def places(losses: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """For each sample the share of its group that is easier, 0 to below 1; 1 where that is not known."""
-    place = np.ones(len(losses))
+def difficulty_ranks(losses: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Return for each sample the fraction of its group that is easier, 0 to below 1; 1 where the loss is infinite."""
+    rank = np.ones(len(losses))
     for group in np.unique(groups):
         members = np.flatnonzero(groups == group)
         order = members[np.argsort(losses[members], kind="stable")]
-        place[order] = np.arange(len(order)) / len(order)
-    place[np.isinf(losses)] = 1
-    return place
+        rank[order] = np.arange(len(order)) / len(order)
+    rank[np.isinf(losses)] = 1
+    return rank
 
 
 PLUGIN = Curriculum

@@ -1,18 +1,18 @@
 """fitnet: hints in the middle, then softened logits (Romero et al., 2015, arXiv 1412.6550).
 
-    stage 1: hint / 2 mean over samples, channels and positions of (teacher's middle feature - regressor(student's))^2
-             for the student's front part and the regressor
-    stage 2: labels CE + logits T^2 KL(teacher || student) for the whole student; the regressor is gone
+    stage 1: hint_weight / 2 mean over samples, channels and positions of
+             (teacher's middle feature - regressor(student's))^2, for the student's front part and the regressor
+    stage 2: ce_weight CE + kd_weight T^2 KL(teacher || student) for the whole student; the regressor is dropped
 
 Deviations from the paper, and why:
-- The loss of stage 1 is a mean, not a sum, so that one learning rate serves for layers of any size; as a mean alone is
-  small beside a cross-entropy, it is weighed. The weight is a guess: 1, 10 and 100 did not differ beyond two seeds.
+- The loss of stage 1 is a mean, not a sum, so that one learning rate suits layers of any size; a mean is small beside
+  a cross-entropy, hence the weight. Its value is a guess: 1, 10 and 100 did not differ beyond the noise of two seeds.
 - The regressor is a 1x1 convolution with BatchNorm instead of a larger one: the layers have equal size. BatchNorm
-  takes on the teacher's scale, so strong features do not make the steps of stage 1 too long.
+  adapts to the teacher's scale, so strong features do not make the steps of stage 1 too long.
 - Stage 2 keeps the weight of softened logits, which the paper lets fall: it is the plain softened-logits method, so a
-  comparison with that one shows what the hint is worth. Each stage runs through a learning-rate schedule of its own.
-- The middle is found on any two networks: of the sizes that both have, the middle one, where its last layers end.
-- A teacher of other classes can give the hint only (`logits: 0`); labels alone count in stage 2.
+  comparison with it shows the effect of the hint. Each stage has its own learning-rate schedule.
+- The middle is defined for any two networks: the last layers of the middle one of the map sizes that both have.
+- A teacher of other classes can give the hint only (`kd_weight: 0`); labels alone count in stage 2.
 """
 
 from __future__ import annotations
@@ -22,63 +22,72 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edgekd.core.method import Batch, Lesson, Losses, Phase, Script
+from edgekd.core.method import Batch, Losses, Phase, PhaseGenerator, TrainingContext
 from edgekd.errors import ConfigError
-from edgekd.training.feature_method import Both, FeatureMethod, equal_pairs
-from edgekd.training.layer_matching import Candidate
+from edgekd.training.feature_method import FeatureMethod, PairedForward, equal_pairs
+from edgekd.training.layer_matching import LayerMatch
 from edgekd.training.losses import check_weights
-from edgekd.training.teachers import teacher
+from edgekd.training.teachers import get_teacher
 
 
 @dataclass(frozen=True)
 class FitNet(FeatureMethod):
-    hint: float = 10.0  # weight of the hint
-    stage1: float = 0.3  # share of the budget
-    logits: float = 0.9  # weight of softened logits in stage 2; dense: of the teacher's answers
+    """Settings of FitNets."""
+
+    hint_weight: float = 10.0
+    stage1_fraction: float = 0.3  # of the budget
+    kd_weight: float = 0.9  # of the teacher's softened logits, or of its maps, in stage 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_weights(hint=self.hint)
-        if not 0 < self.stage1 < 1:
-            raise ConfigError(f"stage1 is {self.stage1}", hint="use a share of the budget between 0 and 1, such as 0.3")
-
-    def teach(self, lesson: Lesson) -> Script:
-        first = max(1, round(self.stage1 * lesson.epochs))
-        if first >= lesson.epochs:
+        check_weights(hint_weight=self.hint_weight)
+        if not 0 < self.stage1_fraction < 1:
             raise ConfigError(
-                f"{lesson.epochs} epochs leave none for stage 2 (stage 1 takes {first})",
-                hint="give more epochs, or less stage1",
+                f"stage1_fraction is {self.stage1_fraction}", hint="use a fraction between 0 and 1, such as 0.3"
             )
-        pairs = equal_pairs(lesson, self.layers)
-        pairs = pairs if self.layers else [pairs[len(pairs) // 2]]
-        device = next(lesson.sample(1)).x.device
-        task, both = self.task(lesson), Both(lesson, pairs)
-        regressors = [regressor(pair).to(device) for pair in pairs]
 
-        def imitate(batch: Batch) -> Losses:
-            _, _, features = both(batch.x)
-            gaps = [gap(known, r(own)) for r, (known, own) in zip(regressors, features, strict=True)]
-            return {"hint": self.hint * torch.stack(gaps).sum()}
+    def phases(self, ctx: TrainingContext) -> PhaseGenerator:
+        stage1 = max(1, round(self.stage1_fraction * ctx.epochs))
+        if stage1 >= ctx.epochs:
+            raise ConfigError(
+                f"{ctx.epochs} epochs leave none for stage 2 (stage 1 takes {stage1})",
+                hint="increase the epochs, or decrease stage1_fraction",
+            )
+        pairs = equal_pairs(ctx, self.layers)
+        pairs = pairs if self.layers else [pairs[len(pairs) // 2]]
+        device = next(ctx.first_batches(1)).images.device
+        output_losses, forward = self.output_losses(ctx), PairedForward(ctx, pairs)
+        regressors = [build_regressor(pair).to(device) for pair in pairs]
+
+        def hints(batch: Batch) -> Losses:
+            _, _, features = forward(batch.images)
+            losses = [
+                hint_loss(teacher, r(student)) for r, (teacher, student) in zip(regressors, features, strict=True)
+            ]
+            return {"hint": self.hint_weight * torch.stack(losses).sum()}
 
         def finish(batch: Batch) -> Losses:
-            answer = lesson.student(batch.x)
+            logits = ctx.student(batch.images)
             with torch.no_grad():
-                theirs = teacher(lesson)(batch.x) if self.logits else answer  # without logits it is not read
-            return task(answer, theirs, batch.y)
+                teacher = (
+                    get_teacher(ctx)(batch.images) if self.kd_weight else logits
+                )  # without kd_weight it is not used
+            return output_losses(logits, teacher, batch.labels)
 
-        yield Phase("hint", trains=(lesson.student, *regressors), loss=imitate, epochs=first)
-        yield Phase("finish", trains=(lesson.student,), loss=finish, epochs=lesson.epochs - first)
-        return {"student": lesson.student}
+        yield Phase("hint", trains=(ctx.student, *regressors), loss=hints, epochs=stage1)
+        yield Phase("finish", trains=(ctx.student,), loss=finish, epochs=ctx.epochs - stage1)
+        return {"student": ctx.student}
 
 
-def regressor(pair: Candidate) -> nn.Module:
-    """From the student's channels to the teacher's."""
+def build_regressor(pair: LayerMatch) -> nn.Module:
+    """Return a 1x1 convolution with BatchNorm from the student's channels to the teacher's."""
     channels = pair.teacher.channels
     return nn.Sequential(nn.Conv2d(pair.student.channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
 
 
-def gap(known: Tensor, regressed: Tensor) -> Tensor:
-    return (known.float() - regressed.float()).pow(2).mean() / 2
+def hint_loss(teacher: Tensor, regressed: Tensor) -> Tensor:
+    """Return half the mean squared error of two (N, C, H, W) features."""
+    return (teacher.float() - regressed.float()).pow(2).mean() / 2
 
 
 PLUGIN = FitNet

@@ -1,40 +1,43 @@
 """kpn: knowledge projection (Zhang, Ning, He, 2017, arXiv 1710.09505): project teacher features into a thin student.
 
-A route joins a teacher layer to a student layer of equal spatial size through a 1x1 convolution P. With r the
-projected teacher feature, v the student's own output at that layer, and h = 1 where r >= 0, else `negative`:
+A route connects a teacher layer to a student layer of equal map size through a 1x1 convolution P. With r the projected
+teacher feature, v the student's output at that layer, and h = 1 where r >= 0, else `negative_weight`:
 
     L_KP = mean(h |r - v|)                                                              (eq. 9-10)
     stage 1: L_p(rear(r)) + L_KP; the rear part and P learn from L_p, the front part only from L_KP
-    stage 2: L_p(student(x)) + lambda L_KP, with lambda fading from `weight` to 0       (eq. 7)
+    stage 2: L_p(student(x)) + lambda L_KP, with lambda fading from `projection_weight` to 0       (eq. 7)
 
-In stage 2 P goes on learning, from L_KP, as Algorithm 1 has it; only its weight decay becomes 0. The known risk is that
-P and the front part agree by shrinking together. Standardising both sides (below) takes that way out: of a r and a v
-with any a > 0 the gap is that of r and v.
-Several routes are taught side by side, each with its own copy of the student, with one teacher pass per batch; after
-each search period the one with the worst joint loss on validation data is dropped (section 3.4).
+In stage 2 P continues to learn from L_KP, as in Algorithm 1; only its weight decay becomes 0. The known risk is that P
+and the front part agree by shrinking together. Standardizing both sides (below) prevents that: the gap of a r and a v
+with any a > 0 is that of r and v.
+Several routes are trained side by side, each with a copy of the student, with one teacher pass per batch; after each
+search period the one with the worst joint loss on validation data is dropped (section 3.4).
 
 Deviations from the paper, and why:
 - Algorithm 1 drops the smallest loss; its text says the worst. The text is followed.
 - The mask of eq. 9 has the teacher's channels where a tensor of the student's is multiplied; the sign of r is used.
-- r and v are standardised per channel before they are compared; mean and spread count apart, a little. Where the
-  student cannot foresee r, the plain L1 is smallest for a constant v: its BatchNorm gains vanish, and stage 2 starts
-  from a student that hardly learns (measured: docs/results.md). Channels of r with next to no spread are divided by a
-  hundredth of the mean spread.
+- r and v are standardized per channel before they are compared; mean and deviation have a small separate loss. Where
+  the student cannot predict r, the plain L1 is smallest for a constant v: its BatchNorm gains vanish, and stage 2
+  starts from a student that hardly learns (measured: docs/results). Channels of r with a deviation near 0 are
+  divided by a hundredth of the mean deviation.
 - In stage 1 the front part has no other loss, so lambda would only scale its steps, which are far too small with a
   mean over elements. There L_KP is summed over channels. Everywhere else, and when routes are compared, it is a mean.
-- The route search lies within stage 1. On validation data L_p is that of the student itself, nothing injected: a route
-  is worth what its student has become, not how well its rear part reads the teacher. lambda is `weight` for all.
+- The route search is part of stage 1. On validation data L_p is that of the student alone, nothing injected: a route is
+  judged by its student, not by how well the rear part uses the teacher's features. lambda is `projection_weight` for
+  all.
 - Candidates are layers that everything passes through, because only there does an injected feature replace the
-  student's front part. To bound the memory, each student layer is paired only with the teacher layer of the nearest
-  receptive field, and of those routes the `candidates` with the deepest student layers are tried.
-- Found layers are pre-activations. Where a named one of the student's has no negative outputs, r passes a ReLU, too.
-- `reentry` is the share of stage-2 steps that go back to stage 1, drawn at random; the paper gives no frequency.
-- Each stage runs through a learning-rate schedule of its own (the paper gives none); stage 2 may `start` within it, for
-  few labels at the full rate undo what stage 1 taught.
-- With `keep` above 1 that many routes are left by the search and taught together: each injects into the same student,
-  which thereby learns part by part. The paper ends with one.
-- `logits` mixes softened logits (Hinton et al., 2015) into L_p, over the classes that the teacher knows, too, and for
-  samples of these classes; for the others labels alone count.
+  student's front part. To limit memory, each student layer is paired only with the teacher layer of the nearest
+  receptive field, and of those routes the `num_candidates` with the deepest student layers are tried.
+- Layers that are chosen automatically are pre-activations. Where a named student layer has no negative outputs, r
+  passes a ReLU, too.
+- `stage1_replay` is the fraction of stage-2 steps that are stage-1 steps, drawn at random; the paper gives no
+  frequency.
+- Each stage has its own learning-rate schedule (the paper gives none); stage 2 may start at `stage2_lr_start` within
+  it, because with few labels the full rate undoes stage 1.
+- With `num_routes` above 1 that many routes remain after the search and are trained together: each injects into the
+  same student, which thereby learns part by part. The paper ends with one.
+- `kd_weight` mixes softened logits (Hinton et al., 2015) into L_p. If the teacher has only some of the classes, it is
+  for these and for samples of them; for the others labels alone count.
 """
 
 from __future__ import annotations
@@ -46,30 +49,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
+from edgekd.core.method import Batch, Losses, Method, Phase, PhaseGenerator, TrainingContext
 from edgekd.core.settings import Settings
 from edgekd.errors import ConfigError
-from edgekd.training.feature_hooks import Taps
-from edgekd.training.layer_matching import Candidate, candidates, check_partners, named
-from edgekd.training.losses import (
-    check_shares,
-    check_temperature,
-    check_weights,
-    imitation,
-    precise,
-    soft_kl,
-    supervised,
-)
-from edgekd.training.teachers import columns, teacher
+from edgekd.training.feature_hooks import FeatureExtractor
+from edgekd.training.layer_matching import LayerMatch, check_distinct_ends, match_layers, match_named_layers
+from edgekd.training.losses import check_fractions, check_temperature, check_weights, kd_loss, to_float32
+from edgekd.training.teachers import class_columns, get_teacher
 
-MOMENTS = 0.1  # weight of mean and spread beside the standardised features
-DEAD = 0.01  # of the mean spread of the projected channels: the least by which one is divided
-NAMED = 4  # routes that may be named, however few `candidates` are
+MOMENTS = 0.1  # weight of mean and deviation beside the standardized features
+DEAD = 0.01  # of the mean deviation of the projected channels: the smallest divisor
+NAMED = 4  # routes that may be named, even if `num_candidates` is less
 
 
 @dataclass(frozen=True)
 class Route(Settings):
-    """Where knowledge leaves the teacher and enters the student: dotted layer paths."""
+    """A teacher layer and the student layer that its features are projected to, by dotted path."""
 
     teacher: str
     student: str
@@ -77,218 +72,254 @@ class Route(Settings):
 
 @dataclass(frozen=True)
 class KPN(Method):
-    routes: tuple[Route, ...] = ()  # none: candidates are found
-    keep: int = 1  # routes that are left in the end, and taught together
-    candidates: int = 4  # routes taught side by side at first, each with a student; of named ones always up to 4
-    receptive_tolerance: float = 0.2  # beta: receptive fields of a route's layers may differ by this share
-    stage1: float = 0.4  # share of the budget
-    search: float = 0.2  # share of the budget, within stage 1, over which routes are dropped
-    start: float = 0.0  # where in the learning-rate schedule stage 2 begins: 0 is the full rate, 0.5 half of it
-    weight: float = 0.6  # lambda
-    negative: float = 0.25  # eta
-    projection_decay: float = 1e-3  # weight decay of P in stage 1; none in stage 2
-    reentry: float = 0.0  # share of stage-2 steps that go back to stage 1
-    logits: float = 0.0  # weight of softened logits within L_p
+    """Settings of knowledge projection."""
+
+    routes: tuple[Route, ...] = ()  # none: they are searched
+    num_routes: int = 1  # that remain after the search, and are trained together
+    num_candidates: int = 4  # routes trained side by side at first, each with a student; of named ones always up to 4
+    receptive_tolerance: float = 0.2  # beta: maximal relative difference of the receptive fields of a route's layers
+    stage1_fraction: float = 0.4  # of the budget
+    search_fraction: float = 0.2  # of the budget, within stage 1, in which routes are dropped
+    stage2_lr_start: float = 0.0  # position in the learning-rate schedule: 0 is the full rate, 0.5 half of it
+    projection_weight: float = 0.6  # lambda
+    negative_weight: float = 0.25  # eta
+    projection_weight_decay: float = 1e-3  # of P in stage 1; 0 in stage 2
+    stage1_replay: float = 0.0  # fraction of stage-2 steps that are stage-1 steps
+    kd_weight: float = 0.0  # of softened logits within L_p; labels have the rest
     temperature: float = 4.0
-    standardise: bool = False  # the logits, before they are softened
+    standardize_logits: bool = False
 
     def __post_init__(self) -> None:
-        check_shares(stage1=self.stage1, search=self.search, reentry=self.reentry, logits=self.logits)
-        if self.search > self.stage1:
-            raise ConfigError(f"search ({self.search}) is longer than stage1 ({self.stage1})", hint="search within it")
-        if not 0 <= self.start < 1:
-            raise ConfigError(f"start is {self.start}", hint="use a share from 0 to below 1")
-        for name in ("candidates", "keep"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}", hint="use 1 or more; 1 is the least")
-        if not self.receptive_tolerance >= 0:
-            raise ConfigError(f"receptive_tolerance is {self.receptive_tolerance}", hint="use a share of 0 or more")
-        check_weights(weight=self.weight, negative=self.negative, projection_decay=self.projection_decay)
-        check_temperature(self.temperature)
-        if len(self.routes) > (most := max(self.candidates, NAMED)):
+        check_fractions(
+            stage1_fraction=self.stage1_fraction,
+            search_fraction=self.search_fraction,
+            stage1_replay=self.stage1_replay,
+            kd_weight=self.kd_weight,
+        )
+        if self.search_fraction > self.stage1_fraction:
             raise ConfigError(
-                f"{len(self.routes)} routes are named, but at most {most} are taught side by side",
-                hint=f"name fewer, or set candidates to {len(self.routes)}: each is taught with a student of its own",
+                f"search_fraction ({self.search_fraction}) is above stage1_fraction ({self.stage1_fraction})",
+                hint="the search is part of stage 1",
+            )
+        if not 0 <= self.stage2_lr_start < 1:
+            raise ConfigError(f"stage2_lr_start is {self.stage2_lr_start}", hint="use a fraction from 0 to below 1")
+        for name in ("num_candidates", "num_routes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}", hint="use 1 or more")
+        if not self.receptive_tolerance >= 0:
+            raise ConfigError(f"receptive_tolerance is {self.receptive_tolerance}", hint="use 0 or more")
+        check_weights(
+            projection_weight=self.projection_weight,
+            negative_weight=self.negative_weight,
+            projection_weight_decay=self.projection_weight_decay,
+        )
+        check_temperature(self.temperature)
+        if len(self.routes) > (most := max(self.num_candidates, NAMED)):
+            raise ConfigError(
+                f"{len(self.routes)} routes are named, but at most {most} are trained side by side",
+                hint=f"name fewer, or set num_candidates to {len(self.routes)}: each is trained with its own student",
             )
 
-    def teach(self, lesson: Lesson) -> Script:
-        first = next(lesson.sample(1)).x[:2]
-        nets = teacher(lesson), lesson.student
-        found = [named(*nets, r.teacher, r.student, first) for r in self.routes]
-        chosen = found or candidates(*nets, first, self.receptive_tolerance)[: self.candidates]
-        keep = min(self.keep, len(chosen))
-        check_partners(chosen, keep)
-        task = Imitation(lesson, self)
-        pupils = [Pupil((Way(route, first),), lesson.student, self.weight) for route in chosen]
-        history: dict[str, list[float]] = {p.name: [] for p in pupils}
+    def phases(self, ctx: TrainingContext) -> PhaseGenerator:
+        x = next(ctx.first_batches(1)).images[:2]
+        nets = get_teacher(ctx), ctx.student
+        routes = [match_named_layers(*nets, r.teacher, r.student, x) for r in self.routes]
+        routes = routes or match_layers(*nets, x, self.receptive_tolerance)[: self.num_candidates]
+        num_routes = min(self.num_routes, len(routes))
+        check_distinct_ends(routes, num_routes)
+        task_loss = TaskLoss(ctx, self)
+        students = [RouteStudent((ProjectedRoute(r, x.device),), ctx.student, self.projection_weight) for r in routes]
+        history: dict[str, list[float]] = {s.name: [] for s in students}
         dropped: dict[str, int] = {}
-        search, end = self.boundaries(lesson.epochs, len(pupils) - keep)
-        spent = 0
-        periods = [len(p) for p in np.array_split(np.arange(search), min(search, len(pupils) - keep))] if search else []
+        drops = len(students) - num_routes
+        search, end = self.boundaries(ctx.epochs, drops)
+        epoch = 0
+        periods = [len(p) for p in np.array_split(np.arange(search), min(search, drops))] if search else []
         for number, period in enumerate(periods, 1):
-            outcome = yield self.first_stage(f"search{number}", lesson, task, pupils, spent, period, end)
-            spent += period
-            ranked = sorted(pupils, key=lambda p: p.joint(outcome.losses))
-            for pupil in pupils:
-                history[pupil.name].append(round(pupil.joint(outcome.losses), 4))
-            left = round((len(chosen) - keep) * (1 - spent / search)) + keep
-            pupils = [p for p in ranked if p in ranked[:left]]
-            dropped |= {p.name: number for p in ranked[left:]}
-        winner = Pupil(tuple(p.ways[0] for p in pupils), pupils[0].student, self.weight)
-        lesson.note("routes", [told(r, history[r.name], dropped.get(r.name)) for r in chosen])
-        if spent < end:
-            yield self.first_stage("project", lesson, task, [winner], spent, end - spent, end)
-        lesson.student.load_state_dict(winner.student.state_dict())
-        yield self.second_stage(lesson, task, Pupil(winner.ways, lesson.student, self.weight, copied=False), end)
-        return {"student": lesson.student}
+            result = yield self.stage1(f"search{number}", ctx, task_loss, students, epoch, period, end)
+            epoch += period
+            ranked = sorted(students, key=lambda s: s.joint_loss(result.losses))
+            for student in students:
+                history[student.name].append(round(student.joint_loss(result.losses), 4))
+            left = round((len(routes) - num_routes) * (1 - epoch / search)) + num_routes
+            students = ranked[:left]
+            dropped |= {s.name: number for s in ranked[left:]}
+        winner = RouteStudent(tuple(s.routes[0] for s in students), students[0].student, self.projection_weight)
+        ctx.log_choice("routes", [route_summary(r, history[r.name], dropped.get(r.name)) for r in routes])
+        if epoch < end:
+            yield self.stage1("project", ctx, task_loss, [winner], epoch, end - epoch, end)
+        ctx.student.load_state_dict(winner.student.state_dict())
+        student = RouteStudent(winner.routes, ctx.student, self.projection_weight, copied=False)
+        yield self.stage2(ctx, task_loss, student, end)
+        return {"student": ctx.student}
 
     def boundaries(self, epochs: int, drops: int) -> tuple[int, int]:
-        """The epochs at which the search, which drops so many routes, and stage 1 end."""
-        search = max(1, round(self.search * epochs)) if drops else 0
-        end = max(search, round(self.stage1 * epochs))
+        """Return the epochs at which the search, which drops so many routes, and stage 1 end."""
+        search = max(1, round(self.search_fraction * epochs)) if drops else 0
+        end = max(search, round(self.stage1_fraction * epochs))
         if end >= epochs:
             raise ConfigError(
-                f"{epochs} epochs leave none for the joint stage (search {search}, stage 1 until {end})",
-                hint="give more epochs, or less stage1",
+                f"{epochs} epochs leave none for stage 2 (search until {search}, stage 1 until {end})",
+                hint="increase the epochs, or decrease stage1_fraction",
             )
         return search, end
 
-    def first_stage(
-        self, name: str, lesson: Lesson, task: Imitation, pupils: list[Pupil], spent: int, epochs: int, end: int
+    def stage1(
+        self,
+        name: str,
+        ctx: TrainingContext,
+        task_loss: TaskLoss,
+        students: list[RouteStudent],
+        begin: int,
+        epochs: int,
+        end: int,
     ) -> Phase:
-        known = Taps(teacher(lesson), *{w.route.teacher.path for p in pupils for w in p.ways})
+        """Return a phase of stage 1 that begins at an epoch and trains several students; stage 1 ends at `end`."""
+        teacher = FeatureExtractor(get_teacher(ctx), *{r.match.teacher.path for s in students for r in s.routes})
 
         def loss(batch: Batch) -> Losses:
             with torch.no_grad():
-                answer, features = known(batch.x)
+                teacher_logits, features = teacher(batch.images)
             losses: dict[str, Tensor] = {}
-            for pupil in pupils:
-                learnt, gaps = self.guided(pupil, batch.x, features, inject=torch.is_grad_enabled())
-                losses[f"{pupil.name}:task"] = task(learnt, answer, batch.y)
-                losses[f"{pupil.name}:project"] = gaps
+            for student in students:
+                logits, projection = self.guided(student, batch.images, features, inject=torch.is_grad_enabled())
+                losses[f"{student.name}:task"] = task_loss(logits, teacher_logits, batch.labels)
+                losses[f"{student.name}:project"] = projection
             return losses
 
         return Phase(
             name,
-            trains=tuple(module for p in pupils for module in (p.student, *p.projections)),
+            trains=tuple(module for s in students for module in (s.student, *s.projections)),
             loss=loss,
             epochs=epochs,
-            span=(spent / end, (spent + epochs) / end),
-            decay={projection: self.projection_decay for p in pupils for projection in p.projections},
+            lr_span=(begin / end, (begin + epochs) / end),
+            weight_decay={projection: self.projection_weight_decay for s in students for projection in s.projections},
         )
 
-    def guided(self, pupil: Pupil, x: Tensor, features: dict[str, Tensor], inject: bool) -> tuple[Tensor, Tensor]:
-        """Stage 1: the answer with projected features injected (or not), and L_KP summed over channels and routes."""
-        projected = {w.route.student.path: w.projection(features[w.route.teacher.path]) for w in pupil.ways}
-        answer, own = pupil.taps(x, projected if inject else {})
+    def guided(
+        self, student: RouteStudent, images: Tensor, teacher_features: dict[str, Tensor], inject: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits with projected features injected (or not), and L_KP summed over channels and routes."""
+        projected = {r.match.student.path: r.projection(teacher_features[r.match.teacher.path]) for r in student.routes}
+        logits, features = student.forward(images, projected if inject else {})
         gaps = [
-            w.route.student.channels * self.gap(projected[p].detach(), own[p])
-            for w in pupil.ways
-            for p in [w.route.student.path]
+            r.match.student.channels * self.projection_loss(projected[path].detach(), features[path])
+            for r in student.routes
+            for path in [r.match.student.path]
         ]
-        return answer, torch.stack(gaps).sum()
+        return logits, torch.stack(gaps).sum()
 
-    def second_stage(self, lesson: Lesson, task: Imitation, pupil: Pupil, spent: int) -> Phase:
-        known = Taps(teacher(lesson), *{w.route.teacher.path for w in pupil.ways})
+    def stage2(self, ctx: TrainingContext, task_loss: TaskLoss, student: RouteStudent, begin: int) -> Phase:
+        """Return stage 2, which begins at an epoch."""
+        teacher = FeatureExtractor(get_teacher(ctx), *{r.match.teacher.path for r in student.routes})
 
         def loss(batch: Batch) -> Losses:
             with torch.no_grad():
-                answer, features = known(batch.x)
-            if torch.is_grad_enabled() and self.reentry and torch.rand(()) < self.reentry:
-                learnt, gaps = self.guided(pupil, batch.x, features, inject=True)
-                return {"task": task(learnt, answer, batch.y), "project": gaps}
-            learnt, own = pupil.taps(batch.x)
-            gaps = torch.stack(
-                [self.gap(w.projection(features[w.route.teacher.path]), own[w.route.student.path]) for w in pupil.ways]
-            ).sum()
-            return {"task": task(learnt, answer, batch.y), "project": self.weight * (1 - batch.progress) * gaps}
+                teacher_logits, teacher_features = teacher(batch.images)
+            if torch.is_grad_enabled() and self.stage1_replay and torch.rand(()) < self.stage1_replay:
+                logits, projection = self.guided(student, batch.images, teacher_features, inject=True)
+                return {"task": task_loss(logits, teacher_logits, batch.labels), "project": projection}
+            logits, features = student.forward(batch.images)
+            gaps = [
+                self.projection_loss(
+                    r.projection(teacher_features[r.match.teacher.path]), features[r.match.student.path]
+                )
+                for r in student.routes
+            ]
+            weight = self.projection_weight * (1 - batch.progress)
+            projection = torch.stack(gaps).sum()
+            return {"task": task_loss(logits, teacher_logits, batch.labels), "project": weight * projection}
 
         return Phase(
             "joint",
-            trains=(lesson.student, *pupil.projections),
+            trains=(ctx.student, *student.projections),
             loss=loss,
-            epochs=lesson.epochs - spent,
-            span=(self.start, 1.0),
-            decay=dict.fromkeys(pupil.projections, 0.0),
+            epochs=ctx.epochs - begin,
+            lr_span=(self.stage2_lr_start, 1.0),
+            weight_decay=dict.fromkeys(student.projections, 0.0),
         )
 
-    def gap(self, projected: Tensor, own: Tensor) -> Tensor:
-        """L_KP of (N, C, H, W) features, standardised per channel, with a little for what that takes out."""
-        r, v = precise(projected), precise(own)
-        (level, spread), (own_level, own_spread) = moments(r), moments(v)
-        spread = torch.maximum(spread, DEAD * spread.mean().detach())  # else one constant channel outweighs all others
-        relaxed = torch.where(r >= 0, 1.0, self.negative)
-        form = (relaxed * ((r - level) / spread - (v - own_level) / own_spread).abs()).mean()
-        size = (((level - own_level).abs() + (spread - own_spread).abs()) / spread).mean()
-        return form + MOMENTS * size
+    def projection_loss(self, projected: Tensor, feature: Tensor) -> Tensor:
+        """Return L_KP of (N, C, H, W) features, standardized per channel, with a small loss of mean and deviation."""
+        r, v = to_float32(projected), to_float32(feature)
+        (r_mean, r_std), (v_mean, v_std) = moments(r), moments(v)
+        r_std = torch.maximum(r_std, DEAD * r_std.mean().detach())  # else one constant channel outweighs all others
+        relaxed = torch.where(r >= 0, 1.0, self.negative_weight)
+        shape = (relaxed * ((r - r_mean) / r_std - (v - v_mean) / v_std).abs()).mean()
+        scale = (((r_mean - v_mean).abs() + (r_std - v_std).abs()) / r_std).mean()
+        return shape + MOMENTS * scale
 
 
-class Way:
-    """One route with its projection."""
+class ProjectedRoute:
+    """A route with its projection."""
 
-    def __init__(self, route: Candidate, x: Tensor) -> None:
-        self.route = route
-        projection = nn.Conv2d(route.teacher.channels, route.student.channels, 1)
-        self.projection = (projection if route.student.signed else nn.Sequential(projection, nn.ReLU())).to(x.device)
+    def __init__(self, match: LayerMatch, device: torch.device) -> None:
+        self.match = match
+        conv = nn.Conv2d(match.teacher.channels, match.student.channels, 1)
+        self.projection = (conv if match.student.signed else nn.Sequential(conv, nn.ReLU())).to(device)
 
 
-class Pupil:
-    """A student with the routes that it is taught on."""
+class RouteStudent:
+    """A student with the routes that it is trained on."""
 
-    def __init__(self, ways: tuple[Way, ...], student: nn.Module, weight: float, copied: bool = True) -> None:
-        self.ways, self.weight = ways, weight
-        self.name = "+".join(w.route.name for w in ways)
+    def __init__(
+        self, routes: tuple[ProjectedRoute, ...], student: nn.Module, projection_weight: float, copied: bool = True
+    ) -> None:
+        self.routes, self.projection_weight = routes, projection_weight
+        self.name = "+".join(r.match.name for r in routes)
         self.student = copy.deepcopy(student) if copied else student
-        self.projections = tuple(w.projection for w in ways)
-        self.taps = Taps(self.student, *(w.route.student.path for w in ways))
+        self.projections = tuple(r.projection for r in routes)
+        self.forward = FeatureExtractor(self.student, *(r.match.student.path for r in routes))
 
-    def joint(self, losses: dict[str, float]) -> float:
-        """lambda L_KP + L_p of its one route, L_KP as a mean over channels."""
-        (way,) = self.ways
-        return losses[f"{self.name}:task"] + self.weight * losses[f"{self.name}:project"] / way.route.student.channels
+    def joint_loss(self, losses: dict[str, float]) -> float:
+        """Return L_p + lambda L_KP of its only route, L_KP as a mean over channels."""
+        (route,) = self.routes
+        projection = self.projection_weight * losses[f"{self.name}:project"] / route.match.student.channels
+        return losses[f"{self.name}:task"] + projection
 
 
-class Imitation:
-    """L_p: what labels say, mixed with the teacher's softened logits where it knows the classes."""
+class TaskLoss:
+    """L_p: the loss of the labels, mixed with that of the teacher's outputs for the classes that it has."""
 
-    def __init__(self, lesson: Lesson, method: KPN) -> None:
-        known = columns(lesson)
-        self.method, self.dense = method, lesson.dense
-        self.own = [label for label, column in enumerate(known) if column is not None]
-        self.theirs = [column for column in known if column is not None]
-        self.all = len(self.own) == lesson.classes
-        if method.logits and len(self.own) < 2:
+    def __init__(self, ctx: TrainingContext, method: KPN) -> None:
+        columns = class_columns(ctx)
+        self.method, self.task = method, ctx.task
+        self.common = [label for label, column in enumerate(columns) if column is not None]  # classes of both
+        self.columns = [column for column in columns if column is not None]
+        self.complete = len(self.common) == ctx.num_classes
+        if method.kd_weight and len(self.common) < 2:
             raise ConfigError(
-                f"logits is {method.logits}, but the teacher knows {len(self.own)} of the {lesson.classes} classes",
-                hint="set logits to 0: hints alone teach across tasks",
+                f"kd_weight is {method.kd_weight}, but the teacher knows {len(self.common)} of the {ctx.num_classes} "
+                "classes",
+                hint="set kd_weight to 0: features alone teach across tasks",
             )
 
-    def __call__(self, learnt: Tensor, answer: Tensor, truth: Tensor) -> Tensor:
-        share, m = self.method.logits, self.method
-        if share == 0:
-            return supervised(learnt, truth)
-        if self.dense:
-            return (1 - share) * supervised(learnt, truth) + share * imitation(learnt, answer, m.temperature)
-        if self.all:
-            soft = soft_kl(learnt, answer[:, self.theirs], m.temperature, m.standardise)
-            return (1 - share) * supervised(learnt, truth) + share * soft
-        common = torch.isin(truth, torch.tensor(self.own, device=truth.device))
-        part = share * common.sum() / len(truth)
-        labels = supervised(learnt, truth) - part * supervised(learnt, truth.where(common, -1))
+    def __call__(self, logits: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        weight, m = self.method.kd_weight, self.method
+        if weight == 0:
+            return self.task.loss(logits, labels)
+        if self.complete:
+            if self.columns != list(range(teacher.shape[1])):
+                teacher = teacher[:, self.columns]
+            soft = self.task.distill_loss(logits, teacher, m.temperature, m.standardize_logits)
+            return (1 - weight) * self.task.loss(logits, labels) + weight * soft
+        common = torch.isin(labels, torch.tensor(self.common, device=labels.device))
+        part = weight * common.sum() / len(labels)
+        task = self.task.loss(logits, labels) - part * self.task.loss(logits, labels.where(common, -1))
         if not common.any():
-            return labels
-        soft = soft_kl(learnt[common][:, self.own], answer[common][:, self.theirs], m.temperature, m.standardise)
-        return labels + part * soft
+            return task
+        student, teacher = logits[common][:, self.common], teacher[common][:, self.columns]
+        return task + part * kd_loss(student, teacher, m.temperature, m.standardize_logits)
 
 
 def moments(feature: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel, (1, C, 1, 1)."""
-    over = (0, 2, 3)
-    return feature.mean(over, keepdim=True), feature.std(over, keepdim=True) + 1e-5
+    """Return mean and standard deviation of each channel, (1, C, 1, 1)."""
+    dims = (0, 2, 3)
+    return feature.mean(dims, keepdim=True), feature.std(dims, keepdim=True) + 1e-5
 
 
-def told(route: Candidate, losses: list[float], dropped: int | None) -> dict[str, object]:
-    """A route as the report shows it."""
+def route_summary(route: LayerMatch, losses: list[float], dropped: int | None) -> dict[str, object]:
+    """Return a route for the report."""
     return {
         "teacher": route.teacher.path,
         "student": route.student.path,

@@ -1,19 +1,20 @@
-"""quant_aware: a last phase in which the student computes as its INT8 file will; around any method.
+"""quant_aware: a last phase of quantization-aware training; wraps any method.
 
-Quantization-aware distillation: the roundings of weights and tensors are simulated in the forward pass (Jacob et al.,
-2018, arXiv 1712.05877), with the ranges of tensors learnt (LSQ, Esser et al., 2020, arXiv 1902.08153), while the
-teacher goes on teaching the rounded student (Mishra, Marr, 2018, arXiv 1711.05852). On the student that `base` made,
+Quantization-aware distillation: the rounding of weights and tensors is simulated in the forward pass (Jacob et al.,
+2018, arXiv 1712.05877), the ranges of tensors are learned (LSQ, Esser et al., 2020, arXiv 1902.08153), and the teacher
+goes on teaching the quantized student (Mishra, Marr, 2018, arXiv 1711.05852). On the student of the method `base`,
 
-    L = (1 - weight) CE + weight T^2 KL(teacher || rounded student)
+    L = (1 - kd_weight) CE + kd_weight T^2 KL(teacher || quantized student)
 
-What is rounded where is read from a draft of the INT8 file for the first target, which also gives the ranges to begin
-with; `learn.fake_quant` says how BatchNorms are folded. The ranges go with the weights, into the INT8 files.
+Which tensors are quantized is read from a draft of the INT8 file for the first target, which also gives the initial
+ranges; `training/fake_quant.py` says how BatchNorms are folded. The learned ranges are saved with the weights, and used
+in the INT8 files.
 
-With frozen statistics a rate that suits a new network breaks a trained one, so the phase runs through the very end of
-the schedule (`start`). The student then fits its INT8 file; its FP32 file may answer worse than that.
+With frozen statistics a learning rate that suits a new network breaks a trained one, so the phase uses the very end of
+the schedule (`lr_start`). The student then fits its INT8 file; its FP32 file may be less accurate than that.
 
-Deviations: `share` of the epochs is taken from `base`, not added. Students of a family are finished side by side, in
-the same epochs.
+Deviations: the epochs of this phase (`qat_fraction`) are taken from `base`, not added. Students of a family are trained
+side by side, in the same epochs.
 """
 
 from __future__ import annotations
@@ -24,78 +25,83 @@ from typing import ClassVar
 
 import torch
 
-from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
+from edgekd.core.method import Batch, Losses, Method, Phase, PhaseGenerator, TrainingContext
 from edgekd.errors import ConfigError
-from edgekd.training.fake_quant import Rounding
-from edgekd.training.losses import check_shares, check_temperature, imitation, supervised
-from edgekd.training.teachers import answering
-from edgekd.training.trainer import right
+from edgekd.training.fake_quant import FakeQuantModel
+from edgekd.training.losses import check_fractions, check_temperature
+from edgekd.training.teachers import teacher_logits
 
-SHOWN = "int8 accuracy"  # beside the losses on validation data
+ACCURACY = "int8 accuracy"  # key beside the losses on validation data
 
 
 @dataclass(frozen=True)
 class QuantAware(Method):
+    """Settings of quantization-aware distillation."""
+
     LEARNS_RANGES: ClassVar[bool] = True
 
-    base: Method  # what is taught first
-    share: float = 0.2  # of the budget, for the rounded student
-    start: float = 0.98  # where in the learning-rate schedule it begins: at a thousandth of the rate
+    base: Method  # distils the student first
+    qat_fraction: float = 0.2  # of the budget, for quantization-aware training
+    lr_start: float = 0.98  # position in the learning-rate schedule where it starts: a thousandth of the full rate
     temperature: float = 4.0
-    weight: float = 0.9  # of the teacher's answers; 0: labels only
-    standardise: bool = False  # the logits, before they are softened
+    kd_weight: float = 0.9  # of the teacher's outputs; 0: labels only
+    standardize_logits: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("share", "start"):
+        for name in ("qat_fraction", "lr_start"):
             if not 0 < getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}", hint="use a share between 0 and 1")
-        check_shares(weight=self.weight)
+                raise ConfigError(f"{name} is {getattr(self, name)}", hint="use a fraction between 0 and 1")
+        check_fractions(kd_weight=self.kd_weight)
         check_temperature(self.temperature)
 
     @property
-    def priced(self) -> bool:
+    def needs_target(self) -> bool:
         return True
 
-    def teach(self, lesson: Lesson) -> Script:
-        if lesson.blueprint is None:
-            raise ConfigError("there is no INT8 file to learn for", hint="name a target that runs INT8 files")
-        last = max(1, round(self.share * lesson.epochs))
-        if last >= lesson.epochs:
-            raise ConfigError(f"{lesson.epochs} epochs leave none for `base`", hint="give 2 epochs or more")
-        teacher = answering(lesson) if self.weight else None
-        students = yield from self.base.teach(dataclasses.replace(lesson, epochs=lesson.epochs - last))
-        images = next(lesson.sample(1)).x
-        rounded = {name: Rounding(s, lesson.blueprint(s), images) for name, s in students.items()}
+    def phases(self, ctx: TrainingContext) -> PhaseGenerator:
+        if ctx.quant_spec is None:
+            raise ConfigError("the first target runs no INT8 file", hint="use a target that runs INT8 files")
+        epochs = max(1, round(self.qat_fraction * ctx.epochs))
+        if epochs >= ctx.epochs:
+            raise ConfigError(f"{ctx.epochs} epochs leave none for `base`", hint="use 2 epochs or more")
+        teacher = teacher_logits(ctx) if self.kd_weight else None
+        students = yield from self.base.phases(dataclasses.replace(ctx, epochs=ctx.epochs - epochs))
+        images = next(ctx.first_batches(1)).images
+        models = {name: FakeQuantModel(s, ctx.quant_spec(s), images) for name, s in students.items()}
 
         def loss(batch: Batch) -> Losses:
             losses: dict[str, torch.Tensor] = {}
-            answers = {name: network(batch.x) for name, network in rounded.items()}
-            theirs = teacher(batch.x) if teacher else None
-            for name, answer in answers.items():
-                losses[f"{name}:task"] = (1 - self.weight) * supervised(answer, batch.y)
-                if theirs is not None:
-                    copied = imitation(answer, theirs, self.temperature, self.standardise)
-                    losses[f"{name}:kd"] = self.weight * copied
-                if not torch.is_grad_enabled():  # no part of what is minimised
-                    losses[f"{name}:{SHOWN}"] = torch.tensor(right(answer, batch.y), dtype=torch.float64)
+            outputs = {name: model(batch.images) for name, model in models.items()}
+            target = teacher(batch.images) if teacher else None
+            for name, logits in outputs.items():
+                losses[f"{name}:task"] = (1 - self.kd_weight) * ctx.task.loss(logits, batch.labels)
+                if target is not None:
+                    kd = ctx.task.distill_loss(logits, target, self.temperature, self.standardize_logits)
+                    losses[f"{name}:kd"] = self.kd_weight * kd
+                if not torch.is_grad_enabled():  # it is not minimised
+                    accuracy = ctx.task.accuracy(logits, batch.labels)
+                    losses[f"{name}:{ACCURACY}"] = torch.tensor(accuracy, dtype=torch.float64)
             return losses
 
-        rounders = [network.rounders for network in rounded.values()]
-        outcome = yield Phase(
+        quantizers = [model.quantizers for model in models.values()]
+        result = yield Phase(
             "int8",
-            trains=(*students.values(), *rounders),
+            trains=(*students.values(), *quantizers),
             loss=loss,
-            epochs=last,
-            span=(self.start, 1.0),
-            decay=dict.fromkeys(rounders, 0.0),
+            epochs=epochs,
+            lr_span=(self.lr_start, 1.0),
+            weight_decay=dict.fromkeys(quantizers, 0.0),
         )
-        told = {}
-        for name, network in rounded.items():
-            ranges = network.learnt()
-            lesson.learnt(name, ranges)
-            accuracy = outcome.losses[f"{name}:{SHOWN}"]
-            told[name] = {"ranges": len(ranges), "not in training": network.missing, "accuracy": accuracy}
-        lesson.note("int8", told)
+        summary = {}
+        for name, model in models.items():
+            ranges = model.learned_ranges()
+            ctx.save_ranges(name, ranges)
+            summary[name] = {
+                "ranges": len(ranges),
+                "not in training": model.missing,
+                "accuracy": result.losses[f"{name}:{ACCURACY}"],
+            }
+        ctx.log_choice("int8", summary)
         return students
 
 

@@ -1,17 +1,19 @@
-"""relational: keep the distances and angles between samples (RKD; Park, Kim, Lu, Cho, 2019, arXiv 1904.05068).
+"""relational: match distances and angles between samples (RKD; Park, Kim, Lu, Cho, 2019, arXiv 1904.05068).
 
 With f the features of a sample, averaged over positions, and h the Huber loss with its bend at 1:
 
     distance: mean over i, j of h(|f_i - f_j| / mu, teacher's), mu the mean distance within the batch
     angle: mean over i, j, k of h(cos of the angle at f_j between f_i and f_k, teacher's)
-    L = labels CE + sum over pairs of layers of (distance weight * distance + angle weight * angle)
+    L = ce_weight CE + sum over pairs of layers of (distance_weight distance + angle_weight angle)
 
 The weights are 25 and 50, the usual ones for classification (Tian et al., 2020, arXiv 1910.10699). Channels and sizes
-of two layers need not agree, so any two networks fit.
+of two layers may differ, so it works with any two networks.
 
 Deviations from the paper, and why:
-- If no layers are named, f is the end of the smallest maps; of most classifiers that is what the last layer reads.
-- Of dense networks, too, f is averaged over positions: relations are between images, not between pixels.
+- If no layers are named, f is the last layer of the smallest maps; of most classifiers that is the input of
+  the last layer.
+- Of networks that answer with maps, too, f is averaged over positions: relations are between images, not between
+  pixels.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.core.method import Batch, Lesson, Losses, Phase, Script
-from edgekd.training.feature_method import Both, FeatureMethod, deepest_pairs
+from edgekd.core.method import Batch, Losses, Phase, PhaseGenerator, TrainingContext
+from edgekd.training.feature_method import FeatureMethod, PairedForward, deepest_pairs
 from edgekd.training.losses import check_weights
 
 EPSILON = 1e-12  # features that are all the same have no scale
@@ -31,33 +33,35 @@ EPSILON = 1e-12  # features that are all the same have no scale
 
 @dataclass(frozen=True)
 class Relational(FeatureMethod):
-    distance: float = 25.0  # weight of the distances
-    angle: float = 50.0  # weight of the angles; time and memory grow with the cube of the batch
+    """Settings of relational knowledge distillation."""
+
+    distance_weight: float = 25.0
+    angle_weight: float = 50.0  # time and memory of the angles grow with the cube of the batch
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_weights(distance=self.distance, angle=self.angle)
+        check_weights(distance_weight=self.distance_weight, angle_weight=self.angle_weight)
 
-    def teach(self, lesson: Lesson) -> Script:
-        task, both = self.task(lesson), Both(lesson, deepest_pairs(lesson, self.layers))
+    def phases(self, ctx: TrainingContext) -> PhaseGenerator:
+        output_losses, forward = self.output_losses(ctx), PairedForward(ctx, deepest_pairs(ctx, self.layers))
 
         def loss(batch: Batch) -> Losses:
-            answer, theirs, features = both(batch.x)
-            distance, angle = torch.stack([gaps(known.float(), own.float()) for known, own in features]).sum(0)
-            told = task(answer, theirs, batch.y)
-            return {**told, "distance": self.distance * distance, "angle": self.angle * angle}
+            logits, teacher, features = forward(batch.images)
+            distance, angle = torch.stack([relation_losses(t.float(), s.float()) for t, s in features]).sum(0)
+            losses = output_losses(logits, teacher, batch.labels)
+            return {**losses, "distance": self.distance_weight * distance, "angle": self.angle_weight * angle}
 
-        yield Phase("relations", trains=(lesson.student,), loss=loss, epochs=lesson.epochs)
-        return {"student": lesson.student}
+        yield Phase("relations", trains=(ctx.student,), loss=loss, epochs=ctx.epochs)
+        return {"student": ctx.student}
 
 
-def gaps(known: Tensor, own: Tensor) -> Tensor:
-    """How far a student's distances and angles are from the teacher's: (2,)."""
-    return torch.stack([F.smooth_l1_loss(s, t) for s, t in zip(relations(own), relations(known), strict=True)])
+def relation_losses(teacher: Tensor, student: Tensor) -> Tensor:
+    """Return the losses of the student's distances and angles, (2,), from two (N, C, H, W) features."""
+    return torch.stack([F.smooth_l1_loss(s, t) for s, t in zip(relations(student), relations(teacher), strict=True)])
 
 
 def relations(feature: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances (N, N) over their mean, and cosines (N, N, N) at the first sample, of a feature (N, C, H, W)."""
+    """Return distances (N, N) over their mean, and cosines (N, N, N) at the first sample, of a feature (N, C, H, W)."""
     f = feature.mean((2, 3))
     apart = f[None] - f[:, None]
     distances = torch.linalg.vector_norm(apart, dim=2)

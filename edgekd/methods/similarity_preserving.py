@@ -1,14 +1,15 @@
-"""similarity_preserving: what is alike for the teacher is alike for the student (Tung, Mori, 2019, arXiv 1907.09682).
+"""similarity_preserving: match the teacher's similarities between samples (Tung, Mori, 2019, arXiv 1907.09682).
 
 With the features of a batch as rows, F (b, C H W), and G = F F^T with each row divided by its norm:
 
-    L = labels CE + weight / b^2 sum over pairs of layers of |G_t - G_s|^2 (Frobenius)
+    L = ce_weight CE + similarity_weight / b^2 sum over pairs of layers of |G_t - G_s|^2 (Frobenius)
 
-The weight is 3000, as in the paper. Channels and sizes of two layers need not agree, so any two networks fit.
+The weight is 3000, as in the paper. Channels and sizes of two layers need not agree, so it works with any two networks.
 
 Deviations from the paper, and why:
-- If no layers are named, one pair is compared: in each network the end of the smallest maps. The paper pairs the ends
-  of all blocks of networks alike; foreign families have no such blocks, and the last pair is what others compare, too.
+- If no layers are named, one pair is compared: in each network the last layer of the smallest maps. The paper
+  pairs the ends of all blocks of similar networks; other families have no such blocks, and other papers also compare
+  the last pair.
 """
 
 from __future__ import annotations
@@ -19,33 +20,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.core.method import Batch, Lesson, Losses, Phase, Script
-from edgekd.training.feature_method import Both, FeatureMethod, deepest_pairs
+from edgekd.core.method import Batch, Losses, Phase, PhaseGenerator, TrainingContext
+from edgekd.training.feature_method import FeatureMethod, PairedForward, deepest_pairs
 from edgekd.training.losses import check_weights
 
 
 @dataclass(frozen=True)
 class SimilarityPreserving(FeatureMethod):
-    weight: float = 3000.0  # gamma
+    """Settings of similarity-preserving distillation."""
+
+    similarity_weight: float = 3000.0  # gamma
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_weights(weight=self.weight)
+        check_weights(similarity_weight=self.similarity_weight)
 
-    def teach(self, lesson: Lesson) -> Script:
-        task, both = self.task(lesson), Both(lesson, deepest_pairs(lesson, self.layers))
+    def phases(self, ctx: TrainingContext) -> PhaseGenerator:
+        output_losses, forward = self.output_losses(ctx), PairedForward(ctx, deepest_pairs(ctx, self.layers))
 
         def loss(batch: Batch) -> Losses:
-            answer, theirs, features = both(batch.x)
-            gaps = torch.stack([(similarity(known) - similarity(own)).pow(2).mean() for known, own in features])
-            return {**task(answer, theirs, batch.y), "similarity": self.weight * gaps.sum()}
+            logits, teacher, features = forward(batch.images)
+            gaps = torch.stack([(similarity(t) - similarity(s)).pow(2).mean() for t, s in features])
+            return {**output_losses(logits, teacher, batch.labels), "similarity": self.similarity_weight * gaps.sum()}
 
-        yield Phase("similarity", trains=(lesson.student,), loss=loss, epochs=lesson.epochs)
-        return {"student": lesson.student}
+        yield Phase("similarity", trains=(ctx.student,), loss=loss, epochs=ctx.epochs)
+        return {"student": ctx.student}
 
 
 def similarity(feature: Tensor) -> Tensor:
-    """How alike the samples of a batch are to a layer: (N, C, H, W) to (N, N), each row of length 1."""
+    """Return the similarities between the samples of a batch, from (N, C, H, W): (N, N), each row of norm 1."""
     rows = feature.float().flatten(1)
     with torch.autocast(rows.device.type, enabled=False):  # differences of products need their last digits
         return F.normalize(rows @ rows.T)

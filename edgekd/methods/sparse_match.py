@@ -1,33 +1,35 @@
 """sparse_match: the student first learns the teacher's sparse codes (Tran, Gabbouj, Iosifidis, 2021, arXiv 2103.17012).
 
-A sparse layer at each tap, of C channels, has a dictionary D (C x K) and a scalar bias c. Of a pixel's feature x:
+A sparse layer behind each compared layer, of C channels, has a dictionary D (C x K) and a scalar bias c. Of a pixel's
+feature x:
 
     k = sigmoid(D^T x + c)           similarities to the K atoms
     k_s = k where among the s largest of the pixel, else 0
     x^ = D k_s
 
-1. dictionary: the teacher's D and c learn to minimise the sum over taps of MSE(x, x^); the teacher stays as it is.
-2. initialise: the student learns, through sparse layers of its own (K as the teacher's), what needs no class labels:
+1. dictionary: the teacher's D and c are trained to minimise the sum over layers of MSE(x, x^); the teacher is frozen.
+2. initialise: the student learns, through sparse layers of its own (K as the teacher's), without class labels:
        pixel: CE(k of the student as logits, argmax k of the teacher), mean over pixels
        image: BCE(mean over pixels of the student's k, mean over pixels of the teacher's k_s), mean over atoms
-3. kd: the sparse layers are dropped; labels CE + weight T^2 KL(teacher || student), as in `kd`.
+3. kd: the sparse layers are dropped; ce_weight CE + kd_weight T^2 KL(teacher || student), as in `kd`.
 
-K = `atoms` C and s = `rate` K, at least 1, with C of the teacher. The gap of CE over sigmoids is narrow: it starts near
-ln K and cannot fall by more than 1. `raw` takes D^T x + c as its logits instead.
+K = `atoms` C and s = `code_fraction` K, at least 1, with C of the teacher. The range of CE over sigmoids is narrow: it
+starts near ln K and cannot fall by more than 1. `raw_logits` takes D^T x + c as its logits instead.
 
 Deviations from the paper, and why:
 - The published code lets the teacher's BatchNorm statistics drift in 1 and labels with them; here it is in eval mode.
-- The trainer's SGD stands for Adam, which is blind to the size of a loss. So MSE is summed over channels, and features
-  are divided by their root mean square times C^(1/4), the student's by C^(1/4): with less similarities saturate or
-  diverge, with C^(1/2) they are flat. The s largest are picked before the sigmoid, where those that saturate differ.
-- Atoms begin as features of pixels, scaled to decode best. From random ones learn only the few that win at first (a
-  teacher of digits, C = 128: labels as varied as 20 equally frequent atoms of 256 and 20 % of the features' energy
-  unexplained; Adam, ten times as long: 29 and 36 %; begun as features: 87 and 15 %).
-- Taps are before the activation where there is one. Global pooling is no tap: it has no pixels.
-- The paper needs maps of equal size. Found taps have it if any two layers do; where sizes differ, the larger map is
-  average-pooled to the smaller size, the teacher's before it is coded.
+- The trainer's SGD replaces Adam, which is insensitive to the scale of a loss. So MSE is summed over channels, and
+  features are divided by their root mean square times C^(1/4), the student's by C^(1/4): with less similarities
+  saturate or diverge, with C^(1/2) they are flat. The s largest are picked before the sigmoid, where saturated ones
+  differ.
+- Atoms are initialised with features of pixels, scaled to decode best. From random ones only the few learn that win at
+  first (a teacher of digits, C = 128: labels as varied as 20 equally frequent atoms of 256 and 20 % of the features'
+  energy unexplained; Adam, ten times as long: 29 and 36 %; initialised with features: 87 and 15 %).
+- Compared layers are before the activation where there is one. Global pooling is none: it has no pixels.
+- The paper needs maps of equal size. Pairs that are chosen automatically have it if any two layers do; where sizes
+  differ, the larger map is average-pooled to the smaller size, the teacher's before it is coded.
 - The student of the last epoch of a phase goes on, not the best on validation data: budgets are short.
-- With a teacher that lacks some of the classes, and so gives no answers to imitate, 3 learns from labels alone.
+- With a teacher that lacks some of the classes, whose logits cannot be imitated, 3 learns from labels alone.
 """
 
 from __future__ import annotations
@@ -41,219 +43,238 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
+from edgekd.core.method import Batch, Losses, Method, Phase, PhaseGenerator, TrainingContext
 from edgekd.errors import ConfigError
-from edgekd.training.feature_hooks import Taps
-from edgekd.training.feature_method import Pair, named
-from edgekd.training.layer_discovery import Layer, layers
-from edgekd.training.layer_matching import Candidate
-from edgekd.training.losses import check_temperature, check_weights, imitation, labels_weight, supervised
+from edgekd.training.feature_hooks import FeatureExtractor
+from edgekd.training.feature_method import LayerPair, find_pairs
+from edgekd.training.layer_discovery import LayerInfo, cut_layers
+from edgekd.training.layer_matching import LayerMatch
+from edgekd.training.losses import check_temperature, check_weights, resolve_ce_weight
 from edgekd.training.sparse_coding import SparseLayer
-from edgekd.training.teachers import answering, answers_all, teacher
+from edgekd.training.teachers import get_teacher, knows_all_classes, teacher_logits
 
-SHOWN = 128  # training images, at least, if there are as many, with which dictionaries begin
+NUM_IMAGES = 128  # training images, at least, if there are as many, that initialise the dictionaries
 
 
 @dataclass(frozen=True)
 class SparseMatch(Method):
-    layers: tuple[Pair, ...] = ()  # none: they are found
-    taps: int = 3  # pairs of layers, the deepest, when they are found
-    atoms: float = 2.0  # of a dictionary, by channels of the teacher's layer
-    rate: float = 0.02  # share of the atoms in a sparse code
-    dictionary: float = 0.1  # share of the budget
-    initialise: float = 0.4  # share of the budget
-    pixel: float = 1.0  # weight of the pixels' labels in `initialise`
-    image: float = 1.0  # weight of the images' labels
-    raw: bool = False  # the pixels' logits are similarities before the sigmoid
+    """Settings of sparse matching."""
+
+    layers: tuple[LayerPair, ...] = ()  # none: they are chosen by map size
+    num_pairs: int = 3  # of layers, the deepest, if they are chosen
+    atoms: float = 2.0  # of a dictionary, relative to the channels of the teacher's layer
+    code_fraction: float = 0.02  # of the atoms, in a sparse code
+    dictionary_fraction: float = 0.1  # of the budget
+    initialise_fraction: float = 0.4  # of the budget
+    pixel_weight: float = 1.0  # in `initialise`
+    image_weight: float = 1.0  # in `initialise`
+    raw_logits: bool = False  # the pixels' logits are similarities before the sigmoid
     temperature: float = 4.0
-    weight: float = 0.75  # of the softened logits in `kd`
-    labels: float | None = None  # weight of the labels' loss; None: 1 - weight
-    standardise: bool = False  # the logits, before they are softened
+    kd_weight: float = 0.75  # in `kd`
+    ce_weight: float | None = None  # in `kd`; None: 1 - kd_weight
+    standardize_logits: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("dictionary", "initialise"):
+        for name in ("dictionary_fraction", "initialise_fraction"):
             if not 0 < getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}", hint="use a share between 0 and 1")
-        if not 0 < self.rate <= 1:
-            raise ConfigError(f"rate is {self.rate}", hint="use a share up to 1; 0.01 to 0.03 is usual")
+                raise ConfigError(f"{name} is {getattr(self, name)}", hint="use a fraction between 0 and 1")
+        if not 0 < self.code_fraction <= 1:
+            raise ConfigError(
+                f"code_fraction is {self.code_fraction}", hint="use a fraction up to 1; 0.01 to 0.03 is usual"
+            )
         if not 0 < self.atoms < float("inf"):
             raise ConfigError(f"atoms is {self.atoms}", hint="use a number above 0; 1.5 to 4 is usual")
-        if self.taps < 1:
-            raise ConfigError(f"taps is {self.taps}", hint="use 1 or more; 3 is usual")
-        check_weights(pixel=self.pixel, image=self.image, weight=self.weight)
-        if self.pixel == self.image == 0:
-            raise ConfigError("pixel and image are 0, so nothing is matched", hint="give one of them a weight")
+        if self.num_pairs < 1:
+            raise ConfigError(f"num_pairs is {self.num_pairs}", hint="use 1 or more; 3 is usual")
+        check_weights(pixel_weight=self.pixel_weight, image_weight=self.image_weight, kd_weight=self.kd_weight)
+        if self.pixel_weight == self.image_weight == 0:
+            raise ConfigError("pixel_weight and image_weight are 0: nothing is matched", hint="set one of them above 0")
         check_temperature(self.temperature)
-        labels_weight(self.labels, self.weight)
+        resolve_ce_weight(self.ce_weight, self.kd_weight)
 
-    def teach(self, lesson: Lesson) -> Script:
-        first = next(lesson.sample(1)).x[:2]
-        first_end, second_end = self.boundaries(lesson.epochs)
-        codings = [Coding(pair, self.atoms, self.rate, first.device) for pair in self.pairs(lesson, first)]
-        final = self.final(lesson)
-        known = Taps(teacher(lesson), *(c.pair.teacher.path for c in codings))
-        own = Taps(lesson.student, *(c.pair.student.path for c in codings))
-        begin(codings, known, spread(lesson))
-        outcome = yield self.dictionary_phase(codings, known, first_end)
-        lesson.note("taps", [c.told(outcome.losses[c.pair.name]) for c in codings])
-        yield self.initial_phase(lesson, codings, known, own, second_end - first_end)
-        yield Phase("kd", trains=(lesson.student,), loss=final, epochs=lesson.epochs - second_end)
-        return {"student": lesson.student}
+    def phases(self, ctx: TrainingContext) -> PhaseGenerator:
+        x = next(ctx.first_batches(1)).images[:2]
+        dictionary_end, initialise_end = self.boundaries(ctx.epochs)
+        pairs = [SparsePair(match, self.atoms, self.code_fraction, x.device) for match in self.match_layers(ctx, x)]
+        final_loss = self.final_loss(ctx)
+        teacher = FeatureExtractor(get_teacher(ctx), *(p.match.teacher.path for p in pairs))
+        student = FeatureExtractor(ctx.student, *(p.match.student.path for p in pairs))
+        init_dictionaries(pairs, teacher, spread_images(ctx))
+        result = yield self.dictionary_phase(pairs, teacher, dictionary_end)
+        ctx.log_choice("pairs", [p.summary(result.losses[p.match.name]) for p in pairs])
+        yield self.initialise_phase(ctx, pairs, teacher, student, initialise_end - dictionary_end)
+        yield Phase("kd", trains=(ctx.student,), loss=final_loss, epochs=ctx.epochs - initialise_end)
+        return {"student": ctx.student}
 
     def boundaries(self, epochs: int) -> tuple[int, int]:
-        """The epochs at which the dictionaries and the initialisation are done."""
-        first = max(1, round(self.dictionary * epochs))
-        second = first + max(1, round(self.initialise * epochs))
-        if second >= epochs:
+        """Return the epochs at which the phases `dictionary` and `initialise` end."""
+        dictionary_end = max(1, round(self.dictionary_fraction * epochs))
+        initialise_end = dictionary_end + max(1, round(self.initialise_fraction * epochs))
+        if initialise_end >= epochs:
             raise ConfigError(
-                f"{epochs} epochs leave none for kd (dictionary until {first}, initialise until {second})",
-                hint="give more epochs, or smaller shares to dictionary and initialise",
+                f"{epochs} epochs leave none for kd (dictionary until {dictionary_end}, "
+                f"initialise until {initialise_end})",
+                hint="increase the epochs, or decrease dictionary_fraction and initialise_fraction",
             )
-        return first, second
+        return dictionary_end, initialise_end
 
-    def pairs(self, lesson: Lesson, x: Tensor) -> list[Candidate]:
-        """The layers that are matched, as named or found. Raises ConfigError if there are none such."""
+    def match_layers(self, ctx: TrainingContext, x: Tensor) -> list[LayerMatch]:
+        """Return the pairs of layers, as named or chosen. Raise ConfigError if there are none."""
         if self.layers:
-            return named(lesson, self.layers, x)
-        wide, thin = last_layers("teacher", teacher(lesson), x), last_layers("student", lesson.student, x)
-        return matched(wide, thin)[-self.taps :]
+            return find_pairs(ctx, self.layers, x)
+        teacher, student = last_layers("teacher", get_teacher(ctx), x), last_layers("student", ctx.student, x)
+        return match_by_size(teacher, student)[-self.num_pairs :]
 
-    def dictionary_phase(self, codings: list[Coding], known: Taps, epochs: int) -> Phase:
+    def dictionary_phase(self, pairs: list[SparsePair], teacher: FeatureExtractor, epochs: int) -> Phase:
+        """Return the phase that trains the teacher's dictionaries."""
+
         def loss(batch: Batch) -> Losses:
-            seen = features(known, batch.x)
-            return {c.pair.name: c.theirs.gap(c.of_teacher(seen)) for c in codings}
+            features = teacher_features(teacher, batch.images)
+            return {p.match.name: p.teacher.gap(p.teacher_feature(features)) for p in pairs}
 
-        trains = tuple(c.theirs for c in codings)
-        return Phase("dictionary", trains, loss, epochs, decay=dict.fromkeys(trains, 0.0))
+        trains = tuple(p.teacher for p in pairs)
+        return Phase("dictionary", trains, loss, epochs, weight_decay=dict.fromkeys(trains, 0.0))
 
-    def initial_phase(self, lesson: Lesson, codings: list[Coding], known: Taps, own: Taps, epochs: int) -> Phase:
+    def initialise_phase(
+        self,
+        ctx: TrainingContext,
+        pairs: list[SparsePair],
+        teacher: FeatureExtractor,
+        student: FeatureExtractor,
+        epochs: int,
+    ) -> Phase:
+        """Return the phase in which the student learns the teacher's sparse codes."""
+
         def loss(batch: Batch) -> Losses:
-            seen, (_, mine) = features(known, batch.x), own(batch.x)
+            targets, (_, features) = teacher_features(teacher, batch.images), student(batch.images)
             losses: dict[str, Tensor] = {}
-            for c in codings:
-                pixel, image = match(c.own(c.of_student(mine)), c.theirs, c.of_teacher(seen), self.raw)
-                losses[f"{c.pair.name}:pixel"] = self.pixel * pixel
-                losses[f"{c.pair.name}:image"] = self.image * image
+            for p in pairs:
+                similarities = p.student(p.student_feature(features))
+                pixel, image = match_losses(similarities, p.teacher, p.teacher_feature(targets), self.raw_logits)
+                losses[f"{p.match.name}:pixel"] = self.pixel_weight * pixel
+                losses[f"{p.match.name}:image"] = self.image_weight * image
             return losses
 
-        return Phase("initialise", (lesson.student, *(c.own for c in codings)), loss, epochs)
+        return Phase("initialise", (ctx.student, *(p.student for p in pairs)), loss, epochs)
 
-    def final(self, lesson: Lesson) -> Callable[[Batch], Losses]:
-        """The loss of `kd`; of labels alone where the teacher does not know all classes."""
-        student = lesson.student
-        if not answers_all(lesson):
-            return lambda batch: {"task": supervised(student(batch.x), batch.y)}
-        answer, labels = answering(lesson), labels_weight(self.labels, self.weight)
+    def final_loss(self, ctx: TrainingContext) -> Callable[[Batch], Losses]:
+        """Return the loss of `kd`; of labels alone if the teacher lacks some of the classes."""
+        student = ctx.student
+        if not knows_all_classes(ctx):
+            return lambda batch: {"task": ctx.task.loss(student(batch.images), batch.labels)}
+        teacher, ce_weight = teacher_logits(ctx), resolve_ce_weight(self.ce_weight, self.kd_weight)
 
         def loss(batch: Batch) -> Losses:
-            made = student(batch.x)
-            soft = imitation(made, answer(batch.x), self.temperature, self.standardise)
-            return {"task": labels * supervised(made, batch.y), "kd": self.weight * soft}
+            logits = student(batch.images)
+            kd = ctx.task.distill_loss(logits, teacher(batch.images), self.temperature, self.standardize_logits)
+            return {"task": ce_weight * ctx.task.loss(logits, batch.labels), "kd": self.kd_weight * kd}
 
         return loss
 
 
-class Coding:
-    """A pair of layers, the teacher's sparse layer and the student's, and the size at which their maps meet."""
+class SparsePair:
+    """A pair of layers, a sparse layer for each, and the common size of their maps."""
 
-    def __init__(self, pair: Candidate, atoms: float, rate: float, device: torch.device) -> None:
-        count = max(1, int(atoms * pair.teacher.channels))
-        kept = max(1, int(rate * atoms * pair.teacher.channels))
-        self.pair = pair
-        (height, width), (own_height, own_width) = pair.teacher.size, pair.student.size
-        self.size = min(height, own_height), min(width, own_width)
-        self.theirs = SparseLayer(pair.teacher.channels, count, kept).to(device)
-        self.own = SparseLayer(pair.student.channels, count, kept).to(device)
-        self.own.unit.fill_(pair.student.channels**0.25)
+    def __init__(self, match: LayerMatch, atoms: float, code_fraction: float, device: torch.device) -> None:
+        num_atoms = max(1, int(atoms * match.teacher.channels))
+        num_active = max(1, int(code_fraction * atoms * match.teacher.channels))
+        self.match = match
+        (height, width), (student_height, student_width) = match.teacher.size, match.student.size
+        self.size = min(height, student_height), min(width, student_width)
+        self.teacher = SparseLayer(match.teacher.channels, num_atoms, num_active).to(device)
+        self.student = SparseLayer(match.student.channels, num_atoms, num_active).to(device)
+        self.student.unit.fill_(match.student.channels**0.25)
 
-    def of_teacher(self, seen: dict[str, Tensor]) -> Tensor:
-        return pooled(seen[self.pair.teacher.path], self.size)
+    def teacher_feature(self, features: dict[str, Tensor]) -> Tensor:
+        """Return the teacher's feature at the common size."""
+        return pool_to(features[self.match.teacher.path], self.size)
 
-    def of_student(self, seen: dict[str, Tensor]) -> Tensor:
-        return pooled(seen[self.pair.student.path], self.size)
+    def student_feature(self, features: dict[str, Tensor]) -> Tensor:
+        """Return the student's feature at the common size."""
+        return pool_to(features[self.match.student.path], self.size)
 
-    def told(self, gap: float) -> dict[str, object]:
-        """The pair as the report shows it, with the share of the features' energy that the dictionary misses."""
+    def summary(self, gap: float) -> dict[str, object]:
+        """Return the pair for the report, with the fraction of the features' energy that the dictionary misses."""
         return {
-            "teacher": self.pair.teacher.path,
-            "student": self.pair.student.path,
+            "teacher": self.match.teacher.path,
+            "student": self.match.student.path,
             "size": list(self.size),
-            "atoms": self.theirs.atoms.shape[1],
-            "kept": self.theirs.kept,
-            "unexplained": round(gap / self.pair.teacher.channels**0.5, 4),
+            "atoms": self.teacher.atoms.shape[1],
+            "active": self.teacher.num_active,
+            "unexplained": round(gap / self.match.teacher.channels**0.5, 4),
         }
 
 
-def pooled(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Features at a smaller size, in full precision."""
+def pool_to(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Average-pool features to a size, in float32."""
     return x.float() if x.shape[2:] == size else F.adaptive_avg_pool2d(x.float(), size)
 
 
-def match(own: Tensor, layer: SparseLayer, x: Tensor, raw: bool) -> tuple[Tensor, Tensor]:
-    """The pixels' and the images' loss of a student's similarities (N, K, H, W) before the sigmoid.
+def match_losses(similarities: Tensor, layer: SparseLayer, x: Tensor, raw_logits: bool) -> tuple[Tensor, Tensor]:
+    """Return the losses `pixel` and `image` of a student's similarities (N, K, H, W) before the sigmoid.
 
     `layer` and `x` are the teacher's sparse layer and features.
     """
     with torch.no_grad():
-        similar = layer(x)
-        label, target = similar.argmax(1), layer.codes(similar).mean((2, 3))
-    with torch.autocast(own.device.type, enabled=False):  # binary cross-entropy is refused under it
-        dense = own.sigmoid()
-        pixel = F.cross_entropy(own if raw else dense, label)
-        return pixel, F.binary_cross_entropy(dense.mean((2, 3)), target)
+        target = layer(x)
+        label, mean_code = target.argmax(1), layer.codes(target).mean((2, 3))
+    with torch.autocast(similarities.device.type, enabled=False):  # binary cross-entropy does not run under it
+        probabilities = similarities.sigmoid()
+        pixel = F.cross_entropy(similarities if raw_logits else probabilities, label)
+        return pixel, F.binary_cross_entropy(probabilities.mean((2, 3)), mean_code)
 
 
 @torch.no_grad()
-def features(known: Taps, x: Tensor) -> dict[str, Tensor]:
-    """What the teacher's tapped layers make of images."""
-    return known(x)[1]
+def teacher_features(teacher: FeatureExtractor, x: Tensor) -> dict[str, Tensor]:
+    """Return the features of the teacher's layers, without gradients."""
+    return teacher(x)[1]
 
 
-def spread(lesson: Lesson) -> Tensor:
-    """Training images from all over the split, which may be sorted by class."""
-    shown: list[Tensor] = []
+def spread_images(ctx: TrainingContext) -> Tensor:
+    """Return training images from the whole split, which may be sorted by class."""
+    images: list[Tensor] = []
     step = 1
-    for number, x in enumerate(x for batch in lesson.sample(sys.maxsize) for x in batch.x):
+    for number, x in enumerate(x for batch in ctx.first_batches(sys.maxsize) for x in batch.images):
         if number % step == 0:
-            shown.append(x.clone())  # else the whole batch stays in memory
-        if len(shown) == 2 * SHOWN:
-            shown, step = shown[::2], 2 * step
-    return torch.stack(shown)
+            images.append(x.clone())  # else the whole batch stays in memory
+        if len(images) == 2 * NUM_IMAGES:
+            images, step = images[::2], 2 * step
+    return torch.stack(images)
 
 
-def begin(codings: list[Coding], known: Taps, x: Tensor) -> None:
-    """Give the teacher's sparse layers the size of their features and atoms that are drawn from these."""
-    seen = features(known, x)
-    for c in codings:
-        pixels = c.of_teacher(seen).movedim(1, -1).flatten(0, -2)
-        c.theirs.begin(pixels[torch.randperm(len(pixels)).to(pixels.device)])
+def init_dictionaries(pairs: list[SparsePair], teacher: FeatureExtractor, x: Tensor) -> None:
+    """Set the scale of the teacher's sparse layers from their features, and draw their atoms from these."""
+    features = teacher_features(teacher, x)
+    for p in pairs:
+        pixels = p.teacher_feature(features).movedim(1, -1).flatten(0, -2)
+        p.teacher.init_atoms(pixels[torch.randperm(len(pixels)).to(pixels.device)])
 
 
-def last_layers(role: str, model: nn.Module, x: Tensor) -> list[Layer]:
-    """Of each size of maps the last layer, before its activation, in order of execution.
+def last_layers(role: str, model: nn.Module, x: Tensor) -> list[LayerInfo]:
+    """Return for each map size the last layer, before its activation, in order of execution.
 
-    Answers that are maps do not count. Raises ConfigError if there is none.
+    A layer with the shape of the network's output is left out. Raise ConfigError if there is none.
     """
     with torch.no_grad():
-        answer = model(x)
-    found = [layer for layer in layers(model, x) if (layer.channels, *layer.size) != tuple(answer.shape[1:])]
-    last = {layer.size: layer for layer in found}
+        output = model(x)
+    layers = [layer for layer in cut_layers(model, x) if (layer.channels, *layer.size) != tuple(output.shape[1:])]
+    last = {layer.size: layer for layer in layers}
     if not last:
         raise ConfigError(
             f"no layer of the {role} that everything passes through gives maps (N, C, H, W) of several pixels",
-            hint="name `layers`, or use a method that copies answers, such as `kd`",
+            hint="name `layers`, or use a method that imitates logits, such as `kd`",
         )
-    return [layer for layer in found if last[layer.size] is layer]
+    return [layer for layer in layers if last[layer.size] is layer]
 
 
-def matched(wide: list[Layer], thin: list[Layer]) -> list[Candidate]:
-    """Layers of the teacher and the student of equal size; if there are none, each student layer with the nearest."""
-    equal = [Candidate(theirs, own) for own in thin for theirs in wide if theirs.size == own.size]
-    return equal or [Candidate(min(wide, key=lambda layer: apart(layer, own)), own) for own in thin]
+def match_by_size(teacher: list[LayerInfo], student: list[LayerInfo]) -> list[LayerMatch]:
+    """Pair layers of equal map size; if there are none, pair each student layer with the nearest size."""
+    equal = [LayerMatch(t, s) for s in student for t in teacher if t.size == s.size]
+    return equal or [LayerMatch(min(teacher, key=lambda t: size_ratio(t, s)), s) for s in student]
 
 
-def apart(a: Layer, b: Layer) -> float:
-    """By how much the sizes of two maps differ, as a ratio."""
+def size_ratio(a: LayerInfo, b: LayerInfo) -> float:
+    """Return the difference of two map sizes, as the logarithm of their ratio."""
     return sum(abs(log(m / n)) for m, n in zip(a.size, b.size, strict=True))
 
 

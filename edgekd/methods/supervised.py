@@ -5,21 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from edgekd.core.method import Batch, Lesson, Losses, Method, Phase, Script
-from edgekd.training.losses import supervised
+from edgekd.core.method import Batch, Losses, Method, Phase, PhaseGenerator, TrainingContext
 
 
 @dataclass(frozen=True)
 class Supervised(Method):
+    """Supervised training. It has no settings."""
+
     LABELS_ONLY: ClassVar[bool] = True
 
-    def teach(self, lesson: Lesson) -> Script:
-        student = lesson.student
+    def phases(self, ctx: TrainingContext) -> PhaseGenerator:
+        student = ctx.student
 
         def loss(batch: Batch) -> Losses:
-            return {"task": supervised(student(batch.x), batch.y)}
+            return {"task": ctx.task.loss(student(batch.images), batch.labels)}
 
-        yield Phase("supervised", trains=(student,), loss=loss, epochs=lesson.epochs)
+        yield Phase("supervised", trains=(student,), loss=loss, epochs=ctx.epochs)
         return {"student": student}
 
 

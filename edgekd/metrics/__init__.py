@@ -1,1 +1,1 @@
-"""Numbers derived from a trial, one pure function per file."""
+"""Metrics: numbers derived from samples. A module defines several, by name, in its table PLUGINS."""

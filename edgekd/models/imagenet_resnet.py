@@ -13,19 +13,19 @@ from torch import Tensor, nn
 
 from edgekd.core.model import Model
 from edgekd.errors import ConfigError
-from edgekd.models._blocks import Join, check_halvings, check_multiple, conv_bn, initialise, strides
+from edgekd.models._blocks import Add, check_halvings, check_multiple, conv_bn, init_weights, strides
 
 
 class BasicBlock(nn.Module):
     EXPANSION = 1
 
-    def __init__(self, entering: int, width: int, stride: int) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
-        self.conv1, self.bn1 = conv_bn(entering, width, 3, stride)
+        self.conv1, self.bn1 = conv_bn(in_channels, width, 3, stride)
         self.act1 = nn.ReLU()
         self.conv2, self.bn2 = conv_bn(width, width, 3)
-        self.downsample = shortcut(entering, width, stride)
-        self.join = Join()
+        self.downsample = shortcut(in_channels, width, stride)
+        self.join = Add()
         self.act2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,15 +37,15 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     EXPANSION = 4
 
-    def __init__(self, entering: int, width: int, stride: int) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
-        self.conv1, self.bn1 = conv_bn(entering, width, 1)
+        self.conv1, self.bn1 = conv_bn(in_channels, width, 1)
         self.act1 = nn.ReLU()
         self.conv2, self.bn2 = conv_bn(width, width, 3, stride)
         self.act2 = nn.ReLU()
         self.conv3, self.bn3 = conv_bn(width, 4 * width, 1)
-        self.downsample = shortcut(entering, 4 * width, stride)
-        self.join = Join()
+        self.downsample = shortcut(in_channels, 4 * width, stride)
+        self.join = Add()
         self.act3 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,17 +68,17 @@ class ImagenetResNet(nn.Module):
         super().__init__()
         block, counts = BLOCKS[depth]
         widths = [max(1, round(published * width)) for published in (64, 128, 256, 512)]
-        leaving = [block.EXPANSION * width for width in widths]
+        out_channels = [block.EXPANSION * width for width in widths]
         step = strides(halvings)
         self.conv1, self.bn1 = conv_bn(channels, widths[0], 7 if step[0] > 1 else 3, step[0])
         self.act1 = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, 2, 1) if step[1] > 1 else nn.Identity()
         self.layer1 = stage(block, widths[0], widths[0], counts[0], 1)
-        self.layer2 = stage(block, leaving[0], widths[1], counts[1], step[2])
-        self.layer3 = stage(block, leaving[1], widths[2], counts[2], step[3])
-        self.layer4 = stage(block, leaving[2], widths[3], counts[3], step[4])
-        self.fc = nn.Linear(leaving[3], classes)
-        initialise(self)
+        self.layer2 = stage(block, out_channels[0], widths[1], counts[1], step[2])
+        self.layer3 = stage(block, out_channels[1], widths[2], counts[2], step[3])
+        self.layer4 = stage(block, out_channels[2], widths[3], counts[3], step[4])
+        self.fc = nn.Linear(out_channels[3], classes)
+        init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
@@ -87,14 +87,14 @@ class ImagenetResNet(nn.Module):
         return logits
 
 
-def shortcut(entering: int, width: int, stride: int) -> nn.Module:
-    same = stride == 1 and entering == width
-    return nn.Identity() if same else nn.Sequential(*conv_bn(entering, width, 1, stride))
+def shortcut(in_channels: int, width: int, stride: int) -> nn.Module:
+    same = stride == 1 and in_channels == width
+    return nn.Identity() if same else nn.Sequential(*conv_bn(in_channels, width, 1, stride))
 
 
-def stage(block: type[BasicBlock | Bottleneck], entering: int, width: int, count: int, stride: int) -> nn.Sequential:
+def stage(block: type[BasicBlock | Bottleneck], in_channels: int, width: int, count: int, stride: int) -> nn.Sequential:
     rest = [block(block.EXPANSION * width, width, 1) for _ in range(count - 1)]
-    return nn.Sequential(block(entering, width, stride), *rest)
+    return nn.Sequential(block(in_channels, width, stride), *rest)
 
 
 @dataclass(frozen=True)

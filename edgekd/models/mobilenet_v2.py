@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from edgekd.core.model import Model
 from edgekd.models._blocks import (
-    Inverted,
+    InvertedResidual,
     check_halvings,
     check_multiple,
     conv_bn,
     divisible,
-    initialise,
+    init_weights,
     repeats,
     strides,
 )
@@ -34,16 +34,16 @@ class MobileNetV2(nn.Module):
         super().__init__()
         first, *rest = strides(halvings)
         step = (1, rest[0], rest[1], rest[2], 1, rest[3], 1)
-        entering = divisible(STEM * width)
-        self.stem = nn.Sequential(*conv_bn(channels, entering, 3, first), nn.ReLU6())
+        in_channels = divisible(STEM * width)
+        self.stem = nn.Sequential(*conv_bn(channels, in_channels, 3, first), nn.ReLU6())
         self.stages = nn.ModuleList()
         for t, c, n, s in zip(EXPANSIONS, WIDTHS, repeats(BLOCKS, depth), step, strict=True):
-            self.stages.append(stage(entering, divisible(c * width), n, s, t))
-            entering = divisible(c * width)
+            self.stages.append(stage(in_channels, divisible(c * width), n, s, t))
+            in_channels = divisible(c * width)
         top = divisible(TOP * max(1.0, width))  # thin networks keep all features, as in the paper
-        self.top = nn.Sequential(*conv_bn(entering, top, 1), nn.ReLU6())
+        self.top = nn.Sequential(*conv_bn(in_channels, top, 1), nn.ReLU6())
         self.head = nn.Linear(top, classes)
-        initialise(self)
+        init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -53,9 +53,9 @@ class MobileNetV2(nn.Module):
         return logits
 
 
-def stage(entering: int, width: int, blocks: int, stride: int, expansion: int) -> nn.Sequential:
-    rest = [Inverted(width, expansion * width, width, 3, 1, nn.ReLU6) for _ in range(blocks - 1)]
-    return nn.Sequential(Inverted(entering, expansion * entering, width, 3, stride, nn.ReLU6), *rest)
+def stage(in_channels: int, width: int, blocks: int, stride: int, expansion: int) -> nn.Sequential:
+    rest = [InvertedResidual(width, expansion * width, width, 3, 1, nn.ReLU6) for _ in range(blocks - 1)]
+    return nn.Sequential(InvertedResidual(in_channels, expansion * in_channels, width, 3, stride, nn.ReLU6), *rest)
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from edgekd.core.model import Model
 from edgekd.models._blocks import (
-    Inverted,
+    InvertedResidual,
     check_halvings,
     check_multiple,
     conv_bn,
     divisible,
-    initialise,
+    init_weights,
     repeats,
     strides,
 )
@@ -45,7 +45,7 @@ STEM, TOP, HIDDEN = 16, 576, 1024
 
 
 class SqueezeExcite(nn.Module):
-    """Scales each channel by what the mean of all channels says."""
+    """Scale each channel by a gate computed from the means of all channels."""
 
     def __init__(self, channels: int, squeezed: int) -> None:
         super().__init__()
@@ -67,15 +67,15 @@ class MobileNetV3(nn.Module):
         first, *rest = strides(halvings)
         step = (rest[0], rest[1], rest[2], 1, rest[3])
         counts = repeats(tuple(len(s.inner) for s in STAGES), depth)
-        entering, top, hidden = (divisible(published * width) for published in (STEM, TOP, HIDDEN))
-        self.stem = nn.Sequential(*conv_bn(channels, entering, 3, first), nn.Hardswish())
+        in_channels, top, hidden = (divisible(published * width) for published in (STEM, TOP, HIDDEN))
+        self.stem = nn.Sequential(*conv_bn(channels, in_channels, 3, first), nn.Hardswish())
         self.stages = nn.ModuleList()
         for published, count, stride in zip(STAGES, counts, step, strict=True):
-            self.stages.append(stage(published, entering, width, count, stride))
-            entering = divisible(published.width * width)
-        self.top = nn.Sequential(*conv_bn(entering, top, 1), nn.Hardswish())
+            self.stages.append(stage(published, in_channels, width, count, stride))
+            in_channels = divisible(published.width * width)
+        self.top = nn.Sequential(*conv_bn(in_channels, top, 1), nn.Hardswish())
         self.head = nn.Sequential(nn.Linear(top, hidden), nn.Hardswish(), nn.Linear(hidden, classes))
-        initialise(self)
+        init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -85,16 +85,16 @@ class MobileNetV3(nn.Module):
         return logits
 
 
-def stage(published: Stage, entering: int, width: float, blocks: int, stride: int) -> nn.Sequential:
+def stage(published: Stage, in_channels: int, width: float, blocks: int, stride: int) -> nn.Sequential:
     """More blocks than published are like the last one."""
-    made, leaving = nn.Sequential(), divisible(published.width * width)
+    layers, out_channels = nn.Sequential(), divisible(published.width * width)
     for i in range(blocks):
         inner = divisible(published.inner[min(i, len(published.inner) - 1)] * width)
         excite = SqueezeExcite(inner, divisible(inner / 4)) if published.excited else None
         step = stride if i == 0 else 1
-        made.append(Inverted(entering, inner, leaving, published.kernel, step, published.act, excite))
-        entering = leaving
-    return made
+        layers.append(InvertedResidual(in_channels, inner, out_channels, published.kernel, step, published.act, excite))
+        in_channels = out_channels
+    return layers
 
 
 @dataclass(frozen=True)

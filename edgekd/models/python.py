@@ -18,7 +18,7 @@ from torch import nn
 
 from edgekd.core.model import Model
 from edgekd.errors import ConfigError
-from edgekd.utils.external import foreign
+from edgekd.utils.external import external_code
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,20 @@ class Python(Model):
             raise ConfigError(f"function is `{self.function}`", hint="write package.module:function")
 
     def build(self, classes: int, channels: int) -> nn.Module:
-        """The function's network, which was asked for nothing but `args`.
+        """Return the network of the function, called with `args` only.
 
         Raises ConfigError if the function is not there, does not take `args`, or returns no module.
         """
         module, _, name = self.function.partition(":")
         self.spec()
         with importing(module):
-            made = getattr(importlib.import_module(module), name, None)
-        if not callable(made):
+            function = getattr(importlib.import_module(module), name, None)
+        if not callable(function):
             raise ConfigError(f"`{module}` has no function `{name}`", hint="check the spelling")
-        with foreign(f"`{self.function}` cannot be called with args {self.args}", f"it is {called(made)}"):
-            network = made(**self.args)
+        with external_code(
+            f"`{self.function}` cannot be called with args {self.args}", f"it is {describe_call(function)}"
+        ):
+            network = function(**self.args)
         if not isinstance(network, nn.Module):
             raise ConfigError(f"`{self.function}` returned {type(network).__name__}", hint="return a torch nn.Module")
         return network
@@ -54,10 +56,10 @@ class Python(Model):
         What they import from elsewhere is not followed.
         """
         spec, top = self.spec(), self.spec(self.function.partition(":")[0].partition(".")[0])
-        own = Path(spec.origin or "")
-        files = {own: own.name}  # and what it is called wherever the code lies
+        module_file = Path(spec.origin or "")
+        files = {module_file: module_file.name}  # with names that do not depend on the folder
         if top.submodule_search_locations is None:
-            files |= {path: path.name for path in own.parent.glob("*.py")}
+            files |= {path: path.name for path in module_file.parent.glob("*.py")}
         for folder in top.submodule_search_locations or ():
             files |= {path: path.relative_to(folder).as_posix() for path in Path(folder).rglob("*.py")}
         total = hashlib.sha256()
@@ -89,11 +91,11 @@ class Python(Model):
 
 
 def importing(module: str) -> AbstractContextManager[None]:
-    return foreign(f"`{module}` cannot be imported", "mend it, or install what it imports")
+    return external_code(f"`{module}` cannot be imported", "fix it, or install what it imports")
 
 
-def called(function: Callable[..., Any]) -> str:
-    """How the function wants to be called."""
+def describe_call(function: Callable[..., Any]) -> str:
+    """Return the signature of a function, for a message."""
     name = getattr(function, "__name__", "called")
     try:
         return f"{name}{signature(function)}"

@@ -2,7 +2,7 @@
 
 Deviation: where a stage changes width or size the shortcut is a 1x1 convolution with BatchNorm (the
 paper's option B, not A), because it exports and quantizes like every other convolution.
-The sum of a block is a layer of its own, `join`, so that its pre-activation output can be tapped.
+The sum of a block is a module, `join`, so that its pre-activation output can be hooked.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from edgekd.core.model import Model
 from edgekd.errors import ConfigError
 
 
-class Join(nn.Module):
+class Add(nn.Module):
     """The sum of a residual branch and its shortcut, before the activation."""
 
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
@@ -23,16 +23,16 @@ class Join(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    def __init__(self, entering: int, width: int, stride: int) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(entering, width, 3, stride, 1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.act1 = nn.ReLU()
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        same = stride == 1 and entering == width
-        self.shortcut = nn.Identity() if same else conv_bn(entering, width, 1, stride)
-        self.join = Join()
+        same = stride == 1 and in_channels == width
+        self.shortcut = nn.Identity() if same else conv_bn(in_channels, width, 1, stride)
+        self.join = Add()
         self.act2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,13 +62,13 @@ class CifarResNet(nn.Module):
         return logits
 
 
-def conv_bn(entering: int, width: int, kernel: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(entering, width, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(width))
+def conv_bn(in_channels: int, width: int, kernel: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(in_channels, width, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(width))
 
 
-def stage(entering: int, width: int, blocks: int, stride: int) -> nn.Sequential:
+def stage(in_channels: int, width: int, blocks: int, stride: int) -> nn.Sequential:
     rest = [BasicBlock(width, width, 1) for _ in range(blocks - 1)]
-    return nn.Sequential(BasicBlock(entering, width, stride), *rest)
+    return nn.Sequential(BasicBlock(in_channels, width, stride), *rest)
 
 
 @dataclass(frozen=True)

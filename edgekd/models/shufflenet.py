@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from edgekd.core.model import Model
 from edgekd.errors import ConfigError
-from edgekd.models._blocks import check_halvings, conv_bn, initialise, strides
+from edgekd.models._blocks import check_halvings, conv_bn, init_weights, strides
 
 
 class Shuffle(nn.Module):
@@ -40,11 +40,11 @@ class BasicUnit(nn.Module):
 class FirstUnit(nn.Module):
     """The first of a stage: both branches see all channels, and together make as many as the stage has."""
 
-    def __init__(self, entering: int, width: int, stride: int) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
-        spatial = conv_bn(entering, entering, 3, stride, groups=entering)
-        self.branch1 = nn.Sequential(*spatial, *conv_bn(entering, width // 2, 1), nn.ReLU())
-        self.branch2 = branch(entering, width // 2, stride)
+        spatial = conv_bn(in_channels, in_channels, 3, stride, groups=in_channels)
+        self.branch1 = nn.Sequential(*spatial, *conv_bn(in_channels, width // 2, 1), nn.ReLU())
+        self.branch2 = branch(in_channels, width // 2, stride)
         self.shuffle = Shuffle()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class ShuffleNetV2(nn.Module):
         self.stage4 = stage(width3, width4, blocks[2], step[4])
         self.conv5 = nn.Sequential(*conv_bn(width4, top, 1), nn.ReLU())
         self.fc = nn.Linear(top, classes)
-        initialise(self)
+        init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stage4(self.stage3(self.stage2(self.maxpool(self.conv1(x)))))
@@ -76,13 +76,13 @@ class ShuffleNetV2(nn.Module):
         return logits
 
 
-def branch(entering: int, width: int, stride: int) -> nn.Sequential:
+def branch(in_channels: int, width: int, stride: int) -> nn.Sequential:
     spatial = conv_bn(width, width, 3, stride, groups=width)
-    return nn.Sequential(*conv_bn(entering, width, 1), nn.ReLU(), *spatial, *conv_bn(width, width, 1), nn.ReLU())
+    return nn.Sequential(*conv_bn(in_channels, width, 1), nn.ReLU(), *spatial, *conv_bn(width, width, 1), nn.ReLU())
 
 
-def stage(entering: int, width: int, blocks: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(FirstUnit(entering, width, stride), *(BasicUnit(width) for _ in range(blocks - 1)))
+def stage(in_channels: int, width: int, blocks: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(FirstUnit(in_channels, width, stride), *(BasicUnit(width) for _ in range(blocks - 1)))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""A U-Net for dense answers: an encoder, a decoder, and skips between maps of equal size (Ronneberger et al., 2015).
+"""A U-Net for maps: an encoder, a decoder, and skips between maps of equal size (Ronneberger et al., 2015).
 
-Deviations: convolutions are padded, so an answer has the size of the image; maps are enlarged by nearest neighbours
+Deviations: convolutions are padded, so the output has the size of the image; maps are enlarged by nearest neighbours
 and a convolution instead of a transposed one, which quantizes without chequered patterns; two convolutions with
 BatchNorm a level. The sum of skip and decoder replaces the concatenation: it costs no channels.
 """
@@ -16,9 +16,9 @@ from edgekd.core.model import Model
 from edgekd.errors import ConfigError
 
 
-def level(entering: int, width: int, stride: int) -> nn.Sequential:
+def level(in_channels: int, width: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(entering, width, 3, stride, 1, bias=False),
+        nn.Conv2d(in_channels, width, 3, stride, 1, bias=False),
         nn.BatchNorm2d(width),
         nn.ReLU(),
         nn.Conv2d(width, width, 3, 1, 1, bias=False),
@@ -27,31 +27,31 @@ def level(entering: int, width: int, stride: int) -> nn.Sequential:
     )
 
 
-class Raised(nn.Module):
-    """A decoder's level: enlarge, bring to the skip's width, add the skip, refine."""
+class Upsample(nn.Module):
+    """A level of the decoder: upsample, project to the skip's width, add the skip, refine."""
 
-    def __init__(self, entering: int, width: int) -> None:
+    def __init__(self, in_channels: int, width: int) -> None:
         super().__init__()
-        self.narrow = nn.Sequential(nn.Conv2d(entering, width, 1, bias=False), nn.BatchNorm2d(width))
+        self.narrow = nn.Sequential(nn.Conv2d(in_channels, width, 1, bias=False), nn.BatchNorm2d(width))
         self.refine = nn.Sequential(nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        raised = F.interpolate(self.narrow(x), scale_factor=2.0, mode="nearest")
-        raised = raised[:, :, : skip.shape[2], : skip.shape[3]]  # of an odd size, half was rounded up
-        made: Tensor = self.refine(F.relu(raised + skip))
-        return made
+        upsampled = F.interpolate(self.narrow(x), scale_factor=2.0, mode="nearest")
+        upsampled = upsampled[:, :, : skip.shape[2], : skip.shape[3]]  # of an odd size, half was rounded up
+        output: Tensor = self.refine(F.relu(upsampled + skip))
+        return output
 
 
 class UNet(nn.Module):
-    """(N, channels, H, W) to (N, answers, H, W), of any size."""
+    """(N, channels, H, W) to (N, outputs, H, W), of any size."""
 
-    def __init__(self, width: int, levels: int, answers: int, channels: int) -> None:
+    def __init__(self, width: int, levels: int, outputs: int, channels: int) -> None:
         super().__init__()
         widths = [width * 2**n for n in range(levels + 1)]
         self.stem = level(channels, width, 1)
         self.down = nn.ModuleList(level(a, b, 2) for a, b in zip(widths, widths[1:], strict=False))
-        self.up = nn.ModuleList(Raised(b, a) for a, b in reversed(list(zip(widths, widths[1:], strict=False))))
-        self.head = nn.Conv2d(width, answers, 1)
+        self.up = nn.ModuleList(Upsample(b, a) for a, b in reversed(list(zip(widths, widths[1:], strict=False))))
+        self.head = nn.Conv2d(width, outputs, 1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -62,10 +62,10 @@ class UNet(nn.Module):
         for lower in self.down:
             skips.append(lower(skips[-1]))
         x = skips.pop()
-        for raise_ in self.up:
-            x = raise_(x, skips.pop())
-        answer: Tensor = self.head(x)
-        return answer
+        for level_up in self.up:
+            x = level_up(x, skips.pop())
+        output: Tensor = self.head(x)
+        return output
 
 
 @dataclass(frozen=True)

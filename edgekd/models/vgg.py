@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from edgekd.core.model import Model
 from edgekd.errors import ConfigError
-from edgekd.models._blocks import conv_bn, initialise
+from edgekd.models._blocks import conv_bn, init_weights
 
 
 class VGG(nn.Module):
@@ -22,15 +22,15 @@ class VGG(nn.Module):
     def __init__(self, widths: tuple[int, ...], convs: tuple[int, ...], classes: int, channels: int) -> None:
         super().__init__()
         self.stages = nn.ModuleList(
-            stage(entering, width, count)
-            for entering, width, count in zip((channels, *widths[:-1]), widths, convs, strict=True)
+            stage(in_channels, width, count)
+            for in_channels, width, count in zip((channels, *widths[:-1]), widths, convs, strict=True)
         )
         self.pool = nn.MaxPool2d(2)
         self.head = nn.Linear(widths[-1], classes)
-        initialise(self)
+        init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Raises ConfigError if the images are too small to be halved that often."""
+        """Raise ConfigError if the images are too small to be halved that often."""
         least = 2 ** (len(self.stages) - 1)
         if min(x.shape[2:]) < least:
             raise ConfigError(
@@ -44,11 +44,11 @@ class VGG(nn.Module):
         return logits
 
 
-def stage(entering: int, width: int, convs: int) -> nn.Sequential:
-    made = nn.Sequential()
+def stage(in_channels: int, width: int, convs: int) -> nn.Sequential:
+    layers = nn.Sequential()
     for i in range(convs):
-        made.append(nn.Sequential(*conv_bn(width if i else entering, width, 3), nn.ReLU()))
-    return made
+        layers.append(nn.Sequential(*conv_bn(width if i else in_channels, width, 3), nn.ReLU()))
+    return layers
 
 
 @dataclass(frozen=True)

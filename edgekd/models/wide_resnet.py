@@ -1,7 +1,7 @@
 """Wide ResNet, WRN-d-k: three stages of pre-activation blocks (Zagoruyko & Komodakis, 2016, arXiv 1605.07146).
 
 Deviation: no dropout inside of the blocks; the paper has it as an option.
-The sum of a block is a layer of its own, `join`: before the normalisation and activation that begin the next block.
+The sum of a block is a module, `join`: before the normalisation and activation that begin the next block.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from torch import Tensor, nn
 
 from edgekd.core.model import Model
 from edgekd.errors import ConfigError
-from edgekd.models._blocks import Join, check_multiple, initialise
+from edgekd.models._blocks import Add, check_multiple, init_weights
 
 
 class PreactivationBlock(nn.Module):
     """Where size or width changes, the shortcut is a convolution of the activated input."""
 
-    def __init__(self, entering: int, width: int, stride: int) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(entering)
+        self.bn1 = nn.BatchNorm2d(in_channels)
         self.act1 = nn.ReLU()
-        self.conv1 = nn.Conv2d(entering, width, 3, stride, 1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.act2 = nn.ReLU()
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        same = stride == 1 and entering == width
-        self.shortcut = None if same else nn.Conv2d(entering, width, 1, stride, bias=False)
-        self.join = Join()
+        same = stride == 1 and in_channels == width
+        self.shortcut = None if same else nn.Conv2d(in_channels, width, 1, stride, bias=False)
+        self.join = Add()
 
     def forward(self, x: Tensor) -> Tensor:
         active = self.act1(self.bn1(x))
@@ -51,7 +51,7 @@ class WideResNet(nn.Module):
         self.bn = nn.BatchNorm2d(widths[2])
         self.act = nn.ReLU()
         self.head = nn.Linear(widths[2], classes)
-        initialise(self)
+        init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stage3(self.stage2(self.stage1(self.stem(x))))
@@ -59,9 +59,9 @@ class WideResNet(nn.Module):
         return logits
 
 
-def stage(entering: int, width: int, blocks: int, stride: int) -> nn.Sequential:
+def stage(in_channels: int, width: int, blocks: int, stride: int) -> nn.Sequential:
     rest = [PreactivationBlock(width, width, 1) for _ in range(blocks - 1)]
-    return nn.Sequential(PreactivationBlock(entering, width, stride), *rest)
+    return nn.Sequential(PreactivationBlock(in_channels, width, stride), *rest)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from edgekd.core.artifact import TensorSpec
 from edgekd.errors import DataError
-from edgekd.utils.external import foreign
+from edgekd.utils.external import external_code
 
 LARGEST = 4 << 30  # bytes of a compressed array: others are mapped, and read as they are needed
 
@@ -22,9 +22,9 @@ PORTION = 16  # inputs of a mapped file that are in memory at once
 
 
 def load_calibration(path: Path, spec: TensorSpec) -> np.ndarray:
-    """The network inputs in an .npz or .npy file, (N, ...), fit for the input `spec`; its batch size does not matter.
+    """Read the network inputs in an .npz or .npy file, (N, ...), for the input `spec`; its batch size does not matter.
 
-    Of an .npz with several arrays, the one that is called like the input. What is not compressed is mapped, not loaded.
+    Of an .npz with several arrays, the one with the name of the input. What is not compressed is mapped, not loaded.
     Raises DataError if the file cannot serve, or if the manifest beside it says that it is not of a training split.
     """
     array = read(path, spec)
@@ -34,7 +34,7 @@ def load_calibration(path: Path, spec: TensorSpec) -> np.ndarray:
 
 
 def check_split(path: Path) -> None:
-    """Raises DataError if a manifest beside the file, as `collect` writes it, names another split than `train`."""
+    """Raise DataError if a manifest beside the file, as `collect` writes it, names another split than `train`."""
     beside = path.with_name("manifest.json")
     try:
         manifest = json.loads(beside.read_bytes()) if beside.is_file() else None
@@ -51,7 +51,7 @@ def check_split(path: Path) -> None:
 
 
 def check_inputs(array: np.ndarray, spec: TensorSpec, where: str) -> None:
-    """Raises DataError unless `array` holds finite inputs for `spec`; `where` names it in the sentence."""
+    """Raise DataError unless `array` holds finite inputs for `spec`; `where` names it in the sentence."""
     wanted = f"(N, {', '.join(str(size or 'any') for size in spec.shape[1:])})"
     if str(array.dtype) != spec.dtype:
         raise DataError(
@@ -66,14 +66,14 @@ def check_inputs(array: np.ndarray, spec: TensorSpec, where: str) -> None:
         )
     if not len(array):
         raise DataError(f"{where} holds no inputs", hint="save at least one; 256 serve most networks")
-    if not all(np.isfinite(part).all() for part in portions(array, PORTION)):
+    if not all(np.isfinite(part).all() for part in batches(array, PORTION)):
         raise DataError(
             f"{where} holds numbers that are not finite", hint="look for a division by a standard deviation of 0"
         )
 
 
-def portions(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """The parts of an array that are so long. Of a mapped file, no more than a few are in memory."""
+def batches(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Yield an array in parts of that length. Of a mapped file, no more than a few are in memory."""
     for start in range(0, len(array), size):
         yield array[start : start + size]
         if start // PORTION != (start + size) // PORTION:
@@ -81,24 +81,24 @@ def portions(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 
 def release(array: np.ndarray) -> None:
-    """Let go of what was read of a mapped file; it would stay in memory until others need the room."""
+    """Release the pages of a mapped file, which would stay in memory until others need the room."""
     if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         array.base.madvise(mmap.MADV_DONTNEED)
 
 
 def fits(shape: tuple[int, ...], spec: TensorSpec) -> bool:
     return len(shape) == len(spec.shape) and all(
-        size in (found, 0) for found, size in zip(shape[1:], spec.shape[1:], strict=True)
+        size in (length, 0) for length, size in zip(shape[1:], spec.shape[1:], strict=True)
     )
 
 
 def read(path: Path, spec: TensorSpec) -> np.ndarray:
-    """The array in the file. Raises DataError if it is missing, unreadable, or not clear which one it is."""
+    """Return the array in the file. Raises DataError if it is missing, unreadable, or not clear which one it is."""
     if not path.is_file():
-        raise missing(path)
+        raise missing_file(path)
     names: list[str] = []
     readable = "write it with numpy.savez(path, image=inputs)"
-    with foreign(f"`{path}` is not a readable .npz or .npy file of numbers", readable, DataError):
+    with external_code(f"`{path}` is not a readable .npz or .npy file of numbers", readable, DataError):
         if path.suffix == ".npy" or not zipfile.is_zipfile(path):
             array: np.ndarray = np.lib.format.open_memmap(path, mode="c")
             return array
@@ -113,19 +113,19 @@ def read(path: Path, spec: TensorSpec) -> np.ndarray:
     )
 
 
-def missing(path: Path) -> DataError:
+def missing_file(path: Path) -> DataError:
     return DataError(f"there is no calibration file `{path}`", hint="give an .npz or .npy file of network inputs")
 
 
 def member(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
-    """An array in an .npz file: mapped where it is stored as it is, else loaded."""
+    """Return an array in an .npz file: mapped where it is stored uncompressed, else loaded."""
     if info.compress_type != zipfile.ZIP_STORED:
         if info.file_size > LARGEST:
             raise DataError(
                 f"`{path}` unpacks to {info.file_size / 1e9:.0f} GB", hint="write it with numpy.savez, not compressed"
             )
-        with np.load(path, allow_pickle=False) as found:
-            array: np.ndarray = found[info.filename.removesuffix(".npy")]
+        with np.load(path, allow_pickle=False) as archive:
+            array: np.ndarray = archive[info.filename.removesuffix(".npy")]
             return array
     with path.open("rb") as stream:
         stream.seek(info.header_offset + 26)  # of the lengths of the name and of what follows it, before the content

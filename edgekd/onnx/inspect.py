@@ -1,4 +1,4 @@
-"""What an ONNX file says about itself, and what it answers; reads files of any origin, without torch."""
+"""Read the facts of an ONNX file of any origin: inputs, outputs, parameters, multiply-accumulates; without torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from edgekd.core.artifact import File, OnnxModel, Precision, TensorSpec
 from edgekd.errors import ModelError
 from edgekd.onnx import validate
-from edgekd.utils.external import foreign
+from edgekd.utils.external import external_code
 
 if TYPE_CHECKING:
     import onnx
@@ -39,7 +39,6 @@ QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Con
 class OnnxFacts:
     input: TensorSpec
     outputs: tuple[TensorSpec, ...]
-    classes: int  # of a classifier; 0 if the first output is not (batch, classes)
     opset: int  # of ai.onnx
     ir: int
     domains: tuple[str, ...]  # imported ones; "" is ai.onnx
@@ -50,17 +49,18 @@ class OnnxFacts:
 
 
 def facts(path: Path) -> OnnxFacts:
-    """What the file says. Raises ModelError if it is missing, not ONNX, contradictory, or has not exactly one input."""
+    """Return the facts of a file.
+
+    Raises ModelError if it is missing, not ONNX, contradictory, or has not exactly one input.
+    """
     model = load(path)
     spec = single_input(model, path)
     outputs = tuple(tensor_spec(value) for value in model.graph.output)
-    first = outputs[0].shape if outputs else ()
-    nodes = Counter(node.op_type if own(node) else f"{node.domain}.{node.op_type}" for node in model.graph.node)
+    nodes = Counter(node.op_type if is_onnx_op(node) else f"{node.domain}.{node.op_type}" for node in model.graph.node)
     quantized = any(n.op_type in QUANTIZED or n.op_type.startswith("QLinear") for n in model.graph.node)
     return OnnxFacts(
         input=spec,
         outputs=outputs,
-        classes=first[1] if len(first) == 2 else 0,
         opset=next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0),
         ir=model.ir_version,
         domains=tuple(sorted({"" if e.domain == "ai.onnx" else e.domain for e in model.opset_import})),
@@ -71,10 +71,10 @@ def facts(path: Path) -> OnnxFacts:
     )
 
 
-def described(path: Path, name: str, macs: int | None = None) -> OnnxModel:
-    """The file as an artefact. Raises ModelError as `facts` does, and if its MACs are neither given nor countable."""
-    found = facts(path)
-    macs = found.macs if macs is None else macs
+def describe(path: Path, name: str, macs: int | None = None) -> OnnxModel:
+    """Return the file as an artefact. Raises ModelError as `facts`, and if MACs are neither given nor countable."""
+    about = facts(path)
+    macs = about.macs if macs is None else macs
     if macs is None:
         raise ModelError(
             f"the multiply-accumulates of `{path}` cannot be counted: the size of a tensor is not fixed",
@@ -83,23 +83,23 @@ def described(path: Path, name: str, macs: int | None = None) -> OnnxModel:
     return OnnxModel(
         File.of(path),
         name,
-        found.input,
-        found.classes,
-        found.precision,
-        found.opset,
-        found.ir,
-        found.parameters,
+        about.input,
+        about.outputs,
+        about.precision,
+        about.opset,
+        about.ir,
+        about.parameters,
         macs,
     )
 
 
 def load(path: Path) -> onnx.ModelProto:
-    """The parsed file, its functions inlined. Raises ModelError if it is missing, not ONNX, or not as it should be."""
-    return validate.opened(path)
+    """Return the parsed file, its functions inlined. Raises ModelError if it is missing, not ONNX, or invalid."""
+    return validate.load_validated(path)
 
 
 def single_input(model: onnx.ModelProto, path: Path) -> TensorSpec:
-    """Raises ModelError unless the model has exactly one input that is a tensor."""
+    """Return the only input. Raises ModelError unless the model has exactly one, with a shape."""
     constants = {tensor.name for tensor in model.graph.initializer}  # listed as inputs before IR 4
     inputs = [value for value in model.graph.input if value.name not in constants]
     if len(inputs) != 1:
@@ -117,18 +117,18 @@ def tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
     from onnx import helper
 
     tensor = value.type.tensor_type
-    known = tensor.elem_type in helper.get_all_tensor_dtypes()
-    dtype = str(helper.tensor_dtype_to_np_dtype(tensor.elem_type)) if known else "unknown"
+    is_tensor = tensor.elem_type in helper.get_all_tensor_dtypes()
+    dtype = str(helper.tensor_dtype_to_np_dtype(tensor.elem_type)) if is_tensor else "unknown"
     return TensorSpec(value.name, tuple(max(dim.dim_value, 0) for dim in tensor.shape.dim), dtype)
 
 
-def own(node: onnx.NodeProto) -> bool:
-    """Whether it is one of ONNX itself."""
+def is_onnx_op(node: onnx.NodeProto) -> bool:
+    """Whether an operator is one of ONNX itself."""
     return node.domain in ("", "ai.onnx")
 
 
 def parameters(model: onnx.ModelProto) -> int:
-    """Elements of the constants that weighted operators use, counted once each, also behind Q/DQ pairs."""
+    """Count the elements of the constants that weighted operators use, once each, also behind Q/DQ pairs."""
     from onnx import TensorProto
 
     numbers = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -150,14 +150,14 @@ def parameters(model: onnx.ModelProto) -> int:
 
 
 def macs(model: onnx.ModelProto, spec: TensorSpec, path: Path) -> int | None:
-    """Multiply-accumulates for one image. None if a size is dynamic or an operator unknown to ONNX hides it."""
+    """Count the multiply-accumulates for one image. None if a size is dynamic or hidden by an unknown operator."""
     sizes = shapes(model, spec, path)
     counts = [node_macs(node, sizes) for node in model.graph.node]
     return None if None in counts else sum(filter(None, counts)) // max((1, *spec.shape[:1]))
 
 
 def node_macs(node: onnx.NodeProto, sizes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """Those of one operator, from the sizes of tensors; None if one of them is not known."""
+    """Count those of one operator, from the sizes of tensors; None if one of them is not known."""
     if node.op_type in CONVOLUTIONS:
         counted, factor = sizes.get(node.output[0]), sizes.get(node.input[CONVOLUTIONS[node.op_type]])
         factor = factor and factor[1:]  # each output number sums over input channels of its group and the kernel
@@ -176,7 +176,7 @@ def node_macs(node: onnx.NodeProto, sizes: Mapping[str, tuple[int, ...]]) -> int
 
 
 def shapes(model: onnx.ModelProto, spec: TensorSpec, path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor for a dynamic batch set to 1.
+    """Return the shape of every tensor for a dynamic batch set to 1.
 
     Raises ModelError where shapes contradict each other, or one is of more numbers than a device may hold.
     """
@@ -190,21 +190,21 @@ def shapes(model: onnx.ModelProto, spec: TensorSpec, path: Path) -> dict[str, tu
         del fixed.graph.value_info[:]  # they say `batch`
         for output in fixed.graph.output:
             output.type.tensor_type.ClearField("shape")
-    with foreign(f"the shapes in `{path}` contradict each other", "export it anew", ModelError):
+    with external_code(f"the shapes in `{path}` contradict each other", "export it again", ModelError):
         validate.check_sizes(onnx.shape_inference.infer_shapes(fixed), path)  # before each number of a row is kept
         fixed = onnx.shape_inference.infer_shapes(fixed, strict_mode=True, data_prop=True)
     validate.check_sizes(fixed, path)
     graph = fixed.graph
     values = (*graph.input, *graph.value_info, *graph.output)
-    found = {v.name: tensor_spec(v).shape for v in values if v.type.tensor_type.HasField("shape")}
-    return found | {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    inferred = {v.name: tensor_spec(v).shape for v in values if v.type.tensor_type.HasField("shape")}
+    return inferred | {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
 
 
 def check(path: Path) -> OnnxFacts:
-    """The facts of a file that onnx.checker and strict shape inference accept. Raises ModelError otherwise."""
+    """Return the facts of a file that onnx.checker and strict shape inference accept. Raises ModelError otherwise."""
     import onnx
 
     model = load(path)
-    with foreign(f"`{path}` is not valid ONNX", "export it anew", ModelError):
+    with external_code(f"`{path}` is not valid ONNX", "export it again", ModelError):
         onnx.checker.check_model(model, full_check=True)
     return facts(path)

@@ -1,4 +1,4 @@
-"""A network of a stranger is read and run in a process of its own first: some crash the libraries that do it."""
+"""Read and run an untrusted network in a child process first: some networks crash the libraries that do it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ LIMIT_S = 300.0  # for reading it and one call; networks for small devices take 
 FULL = 3  # exit code of the process where its memory does not suffice
 
 
-def probed(*paths: Path) -> None:
-    """Raises ModelError for a file that is not as it should be, or ends the process which reads and runs it, or keeps
-    that busy for ever. What else is wrong with it, whoever reads it next says in words.
+def probe_files(*paths: Path) -> None:
+    """Raise ModelError for a file that is invalid, or that crashes or blocks a process which reads and runs it.
+
+    Other errors are reported by whoever reads the file next.
     """
     package = str(Path(__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))}
@@ -41,25 +42,25 @@ def probed(*paths: Path) -> None:
         if done.returncode < 0:
             raise ModelError(
                 f"`{path}` ends a process that reads and runs it, by {signal.Signals(-done.returncode).name}",
-                hint="it is damaged, or made to do harm, or met a mistake of ONNX's libraries: export it anew",
+                hint="it may be corrupt or malicious, or hits a bug in ONNX: export it again",
             )
 
 
-def look(path: Path) -> None:
-    """Infer its shapes as every stage does, then run it on noise with onnxruntime's optimisation and without."""
+def run_once(path: Path) -> None:
+    """Infer its shapes as every stage does, then run it on noise, with onnxruntime's optimisation and without."""
     import numpy as np
     import onnx
 
     with suppress(onnx.shape_inference.InferenceError):
         onnx.shape_inference.infer_shapes(inspect.load(path))
-    found = inspect.facts(path)
-    inputs = np.random.default_rng(0).standard_normal([size or 1 for size in found.input.shape], np.float32)
+    spec = inspect.facts(path).input
+    inputs = np.random.default_rng(0).standard_normal([size or 1 for size in spec.shape], np.float32)
     for optimised in (True, False):
-        session.answers(path, inputs, optimised, threads=1)
+        session.run_model(path, inputs, optimised, threads=1)
 
 
 def memory() -> int:
-    """Bytes that a process may take: the machine's, or fewer where whoever started edgekd set a limit."""
+    """Return the bytes that a process may use: the machine's, or fewer under a resource limit."""
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return here if soft == resource.RLIM_INFINITY else min(soft, here)
@@ -75,9 +76,9 @@ def exhausted(error: BaseException | None) -> bool:
 
 
 if __name__ == "__main__":
-    resource.setrlimit(resource.RLIMIT_AS, (memory(), memory()))  # more is asked for: it ends, and nothing else does
+    resource.setrlimit(resource.RLIMIT_AS, (memory(), memory()))  # it ends where it needs more, and nothing else does
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        look(Path(sys.argv[1]))
-    except (EdgekdError, OSError, MemoryError) as error:  # told where it is read for good
+        run_once(Path(sys.argv[1]))
+    except (EdgekdError, OSError, MemoryError) as error:  # reported where it is read in earnest
         sys.exit(FULL if exhausted(error) else 1)

@@ -1,7 +1,7 @@
-"""What must hold of an ONNX file of any origin before anything computes with it, checked on what the file says alone.
+"""Validate an ONNX file of any origin before anything computes with it, from what the file claims alone.
 
 Nothing is allocated that the file merely claims, and no file is opened but itself and data beside it. What a network
-computes is not bounded: a loop may run for ever. Whoever runs networks of strangers gives the process a limit.
+computes is not bounded: a loop may run indefinitely. Whoever runs untrusted networks limits the process.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekd.errors import ModelError
-from edgekd.onnx.traverse import graphs, inside, sparse_shapes, tensors
-from edgekd.utils.external import foreign
-from edgekd.utils.paths import leads_out
-from edgekd.utils.text import unseen
+from edgekd.onnx.graph import all_graphs, all_tensors, nested_graphs, sparse_shapes
+from edgekd.utils.external import external_code
+from edgekd.utils.paths import escapes_folder
+from edgekd.utils.text import hidden_chars
 
 if TYPE_CHECKING:
     import onnx
@@ -44,13 +44,13 @@ LEAST = {  # inputs of operators that edgekd looks into, by their names in any d
     **dict.fromkeys(("Transpose", "Reshape", "Cast", "Identity", "Squeeze", "Unsqueeze", "Flatten", "Pad", "Clip"), 1),
     **dict.fromkeys(("Relu", "MaxPool", "AveragePool", "GlobalAveragePool", "DynamicQuantizeLinear", "Gather"), 1),
 }
-# what onnx.checker says of files that are in use: TensorRT's plug-ins stand among ONNX's own operators, and some
+# what onnx.checker says of files that are in use: TensorRT's plug-ins are among ONNX's own operators, and some
 # exporters leave out the shape of an output
 LET_THROUGH = ("No Op registered for", "Field 'shape' of 'type' is required but missing")
 
 
-def opened(path: Path) -> onnx.ModelProto:
-    """The file, parsed and whole, its functions inlined. Raises ModelError where it is not what it should be."""
+def load_validated(path: Path) -> onnx.ModelProto:
+    """Return the file, parsed, with external data and functions inlined. Raises ModelError where it is invalid."""
     import onnx
     from onnx.external_data_helper import load_external_data_for_model
     from onnx.inliner import inline_local_functions
@@ -60,7 +60,7 @@ def opened(path: Path) -> onnx.ModelProto:
     check_numbers(model, path)
     check_sizes(model, path)
     check_functions(model, path)
-    with foreign(f"`{path}` is not valid ONNX", "export it anew", ModelError):
+    with external_code(f"`{path}` is not valid ONNX", "export it again", ModelError):
         try:
             onnx.checker.check_model(str(path))
         except onnx.checker.ValidationError as error:
@@ -76,7 +76,7 @@ def opened(path: Path) -> onnx.ModelProto:
 
 
 def parsed(path: Path) -> onnx.ModelProto:
-    """What protobuf makes of the bytes; data beside it is not read."""
+    """Return the parsed file; external data is not read."""
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -100,7 +100,7 @@ def not_onnx(path: Path) -> ModelError:
 
 
 def invalid(path: Path, what: str) -> ModelError:
-    return ModelError(f"`{path}` is not valid ONNX: {what}", hint="export it anew")
+    return ModelError(f"`{path}` is not valid ONNX: {what}", hint="export it again")
 
 
 def too_large(path: Path, what: str) -> ModelError:
@@ -108,8 +108,8 @@ def too_large(path: Path, what: str) -> ModelError:
 
 
 def check_names(model: onnx.ModelProto, path: Path) -> None:
-    """No name gives orders to a terminal, or begins a line of its own in a log."""
-    for graph in graphs(model):
+    """Check that no name has control characters, which a terminal would obey or a log would break at."""
+    for graph in all_graphs(model):
         values = () if not hasattr(graph, "value_info") else graph.value_info
         ends = (*graph.input, *graph.output)
         names = [graph.name, *(end.name if hasattr(end, "name") else end for end in (*ends, *values))]
@@ -121,7 +121,7 @@ def check_names(model: onnx.ModelProto, path: Path) -> None:
         for name in names:
             if isinstance(name, bytes):  # which protobuf gives for what is no UTF-8
                 raise invalid(path, f"the name {ascii(name[:80])} is no text")
-            if unseen(name, allowed=""):
+            if hidden_chars(name, allowed=""):
                 raise invalid(path, f"control characters are in the name {shown(name)}")
 
 
@@ -130,8 +130,8 @@ def shown(name: str) -> str:
 
 
 def check_numbers(model: onnx.ModelProto, path: Path) -> None:
-    """Every tensor has as many numbers as its shape says, and all together are what a device may hold."""
-    total = sum(check_tensor(tensor, path) for tensor in tensors(model))
+    """Check that every tensor has as many numbers as its shape says, and that all together fit a device."""
+    total = sum(check_tensor(tensor, path) for tensor in all_tensors(model))
     for dims in sparse_shapes(model):
         if not counted(dims):
             raise too_large(path, f"has a sparse tensor of the shape {dims[:8]}")
@@ -140,8 +140,8 @@ def check_numbers(model: onnx.ModelProto, path: Path) -> None:
 
 
 def check_sizes(model: onnx.ModelProto, path: Path) -> None:
-    """No value is known to be larger than a device may hold; sizes that are left open count as 1."""
-    for graph in graphs(model):
+    """Check that no value is known to be larger than a device may hold; sizes that are left open count as 1."""
+    for graph in all_graphs(model):
         ends = (*graph.input, *graph.output) if hasattr(graph, "initializer") else ()  # those of functions are names
         for value in (*ends, *getattr(graph, "value_info", ())):
             dims = [max(dim.dim_value, 1) for dim in value.type.tensor_type.shape.dim]
@@ -151,12 +151,12 @@ def check_sizes(model: onnx.ModelProto, path: Path) -> None:
 
 
 def counted(dims: list[int]) -> bool:
-    """Whether a shape is one that a tensor may have."""
+    """Whether a tensor may have that shape."""
     return len(dims) <= 32 and all(0 <= size <= MOST_NUMBERS for size in dims) and prod(dims) <= MOST_NUMBERS
 
 
 def check_tensor(tensor: onnx.TensorProto, path: Path) -> int:
-    """The bytes of its numbers. Raises ModelError where there are more or fewer of them than its shape says."""
+    """Return the bytes of its numbers. Raises ModelError where there are more or fewer of them than its shape says."""
     from onnx import TensorProto
 
     what = f"the tensor {shown(tensor.name)}"
@@ -177,12 +177,12 @@ def check_tensor(tensor: onnx.TensorProto, path: Path) -> int:
         check_place(tensor, size, what, path)
         return size
     if tensor.raw_data:
-        found, wanted = len(tensor.raw_data), size
+        actual, expected = len(tensor.raw_data), size
     else:
-        found = sum(len(getattr(tensor, field)) for field in NUMBERS)
-        wanted = size if BITS[kind] < 8 else 2 * count if kind.startswith("COMPLEX") else count
-    if found != wanted:
-        raise invalid(path, f"{what} has {found} bytes or numbers for the shape {tuple(dims)}, which needs {wanted}")
+        actual = sum(len(getattr(tensor, field)) for field in NUMBERS)
+        expected = size if BITS[kind] < 8 else 2 * count if kind.startswith("COMPLEX") else count
+    if actual != expected:
+        raise invalid(path, f"{what} has {actual} bytes or numbers for the shape {tuple(dims)}, which needs {expected}")
     return size
 
 
@@ -193,10 +193,10 @@ def known_types() -> set[int]:
 
 
 def check_place(tensor: onnx.TensorProto, size: int, what: str, path: Path) -> None:
-    """Its numbers are in a file beside the network, or below, and nowhere else."""
-    told = {entry.key: entry.value for entry in tensor.external_data}
-    name = told.get("location", "")
-    if leads_out(path.parent, name):
+    """Check that its numbers are in a file beside the network, or below, and nowhere else."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    name = entries.get("location", "")
+    if escapes_folder(path.parent, name):
         raise ModelError(
             f"`{path}` keeps {what} in {shown(name)}, which is not in the folder of the network",
             hint="keep its data beside it, in a file and not a link; do not use it if it is not yours",
@@ -206,7 +206,7 @@ def check_place(tensor: onnx.TensorProto, size: int, what: str, path: Path) -> N
         raise ModelError(
             f"`{path}` cannot be read: its data `{place}` is not there", hint="keep its external data file beside it"
         )
-    numbers = {key: told.get(key) or default for key, default in (("offset", "0"), ("length", str(size)))}
+    numbers = {key: entries.get(key) or default for key, default in (("offset", "0"), ("length", str(size)))}
     if not all(text.isascii() and text.isdecimal() and len(text) < 20 for text in numbers.values()):
         raise invalid(path, f"{what} begins at byte {shown(numbers['offset'])} of `{name}`, {shown(numbers['length'])}")
     start, length = int(numbers["offset"]), int(numbers["length"])
@@ -216,57 +216,57 @@ def check_place(tensor: onnx.TensorProto, size: int, what: str, path: Path) -> N
 
 
 def check_functions(model: onnx.ModelProto, path: Path) -> None:
-    """What functions become when they are inlined has an end, and a near one."""
-    bodies = {(own(f.domain), f.name, f.overload): f for f in model.functions}
+    """Check that inlining the functions ends, with a limited number of nodes."""
+    bodies = {(plain_domain(f.domain), f.name, f.overload): f for f in model.functions}
     sizes: dict[tuple[str, str, str], int] = {}
 
     def size(graph: onnx.GraphProto | onnx.FunctionProto, depth: int) -> int:
         if depth > DEEPEST:
             raise invalid(path, f"its functions call each other in a circle, or more than {DEEPEST} deep")
-        found = 0
+        nodes = 0
         for node in graph.node:
-            key = (own(node.domain), node.op_type, node.overload)
+            key = (plain_domain(node.domain), node.op_type, node.overload)
             if key in bodies and key not in sizes:
                 sizes[key] = size(bodies[key], depth + 1)
-            found += 1 + sizes.get(key, 0) + sum(size(inner, depth + 1) for inner in inside(node))
-        return found
+            nodes += 1 + sizes.get(key, 0) + sum(size(inner, depth + 1) for inner in nested_graphs(node))
+        return nodes
 
     count = size(model.graph, 0)
     if count > MOST_NODES:
         raise too_large(path, f"has {count:,} nodes")
 
 
-def own(domain: str) -> str:
-    """The domain of an operator; ONNX's own has two names."""
+def plain_domain(domain: str) -> str:
+    """Return the domain of an operator; that of ONNX itself has two names."""
     return "" if domain == "ai.onnx" else domain
 
 
 def check_order(graph: onnx.GraphProto, path: Path, outer: tuple[set[str], ...] = ()) -> None:
-    """Every node reads what is there when its turn comes, and has the inputs and outputs of its operator."""
-    own = {value.name for value in (*graph.input, *graph.initializer)}
-    own |= {sparse.values.name for sparse in graph.sparse_initializer}
+    """Check that every node reads tensors of earlier nodes, and has the inputs and outputs of its operator."""
+    names = {value.name for value in (*graph.input, *graph.initializer)}
+    names |= {sparse.values.name for sparse in graph.sparse_initializer}
     for node in graph.node:
         what = f"the node {shown(node.name or node.op_type)}"
         check_ends(node, what, path)
         for name in node.input:
-            if name and not any(name in scope for scope in (own, *outer)):
+            if name and not any(name in scope for scope in (names, *outer)):
                 later = any(name in other.output for other in graph.node)
                 why = "only a later node makes: it is out of order, or a circle" if later else "nothing makes"
                 raise invalid(path, f"{what} reads {shown(name)}, which {why}")
-        for inner in inside(node):
-            check_order(inner, path, (own, *outer))
+        for inner in nested_graphs(node):
+            check_order(inner, path, (names, *outer))
         for name in node.output:
-            if name and name in own:
+            if name and name in names:
                 raise invalid(path, f"two nodes make {shown(name)}")
-            own.add(name)
+            names.add(name)
     for value in graph.output:
-        if not any(value.name in scope for scope in (own, *outer)):
+        if not any(value.name in scope for scope in (names, *outer)):
             raise invalid(path, f"its output {shown(value.name)} is made by nothing")
 
 
 def check_ends(node: onnx.NodeProto, what: str, path: Path) -> None:
-    """It makes something, of what its operator cannot do without; onnx.checker looks at ONNX's own domain only."""
+    """Check that a node has outputs and the inputs that its operator needs; onnx.checker checks ONNX's domain only."""
     least = LEAST.get(node.op_type, 0)
     if len(node.input) < least or not node.output:
-        found = f"{len(node.input)} inputs and {len(node.output)} outputs"
-        raise invalid(path, f"{what} has {found}; its operator {shown(node.op_type)} has at least {least} and 1")
+        count = f"{len(node.input)} inputs and {len(node.output)} outputs"
+        raise invalid(path, f"{what} has {count}; its operator {shown(node.op_type)} has at least {least} and 1")

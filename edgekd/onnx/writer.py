@@ -1,4 +1,4 @@
-"""Writing ONNX files so that equal models are equal bytes, and nothing of this machine is in them."""
+"""Write ONNX files so that equal models are equal bytes, and nothing of this machine is in them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ RESCALED = "edgekd.rescaled"  # metadata: what was done to the channels of inner
 
 def write(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str]) -> None:
     """Write `model` with `metadata` and nothing else but the graph: equal networks give equal bytes anywhere."""
-    path.write_bytes(content(model, metadata))
+    path.write_bytes(to_bytes(model, metadata))
 
 
-def content(model: onnx.ModelProto, metadata: Mapping[str, str]) -> bytes:
-    """What `write` writes."""
+def to_bytes(model: onnx.ModelProto, metadata: Mapping[str, str]) -> bytes:
+    """Return the bytes that `write` writes."""
     import onnx
 
     bare = onnx.ModelProto()
@@ -26,8 +26,8 @@ def content(model: onnx.ModelProto, metadata: Mapping[str, str]) -> bytes:
     strip(bare)
     keep_used_domains(bare)
     onnx.helper.set_model_props(bare, {key: metadata[key] for key in sorted(metadata)})
-    made: bytes = bare.SerializeToString(deterministic=True)
-    return made
+    serialized: bytes = bare.SerializeToString(deterministic=True)
+    return serialized
 
 
 def strip(message: onnx.ModelProto | onnx.GraphProto) -> None:

@@ -1,4 +1,4 @@
-"""A result that a person brought from a device: find the build that its bundle is of, and tell its report again."""
+"""Import the result of a bundle from a device into the build that wrote the bundle, and write its report again."""
 
 from __future__ import annotations
 
@@ -8,87 +8,100 @@ from pathlib import Path
 from edgekd.config import BuildConfig
 from edgekd.core import serialization
 from edgekd.core.artifact import File, replace_files
-from edgekd.core.build_record import Record
-from edgekd.core.step_cache import Ledger
+from edgekd.core.build_record import BuildRecord
+from edgekd.core.step_cache import StepCache
 from edgekd.errors import ConfigError, StaleArtifact
-from edgekd.pipelines.deploy import named, read_off, shipped
+from edgekd.pipelines.deploy import label_targets, read_bench, with_selection
+from edgekd.pipelines.run import Run
 from edgekd.stages.bench.gates import decide
 from edgekd.stages.device.bundle import MANIFEST, Bundle
-from edgekd.stages.device.results import RESULT, Returned, read, taken
+from edgekd.stages.device.results import RESULT, DeviceResult, load_result, read_result
 from edgekd.stages.report import provenance
-from edgekd.stages.report.publish import Rendered, publish, rendered, templates
+from edgekd.stages.report.publish import publish, rendered, templates
 from edgekd.stages.report.report import read as read_report
 
-RUNS = Path("runs")  # where builds go that are not told otherwise
+RUNS = Path("runs")  # where builds are without --out
 
 
-def import_result(path: Path, out: Path | None) -> tuple[Record, Path]:
-    """The record of the build in `out` with the measurements of a result.json, and its folder; its report is new.
+def import_result(path: Path, out: Path | None) -> tuple[BuildRecord, Path]:
+    """Return the record of a build with the measurements of a result.json, and the folder of the build.
 
-    Without `out`, the build is looked for in `runs` and around the result. The result is kept in the bundle's folder
-    there, where the next build finds it. Raises ConfigError where no build made its bundle, or it is not as the device
-    wrote it, EdgekdError where nothing valid was measured.
+    Its report is written again. The result is kept in the folder of the bundle, where the next build finds it.
+
+    Args:
+        path: the result.json, its arrays beside it.
+        out: the folder of the build; None: it is searched for in `runs` and around the result.
+
+    Raises:
+        ConfigError: if no build wrote the bundle, or the result is not as the device wrote it.
+        EdgekdError: if nothing valid was measured.
     """
-    made = origin(path, out)
+    bundle = find_bundle(path, out)
     try:
-        return added(path, made, taken(path.parent, made))
+        return add_result(path, bundle, load_result(path.parent, bundle))
     except StaleArtifact as error:  # of a file that the user named
         raise ConfigError(error.what, hint=error.hint) from None
 
 
-def added(path: Path, made: Bundle, returned: Returned) -> tuple[Record, Path]:
-    """The record with what came back from the device at `path`, its folder; its report is written anew."""
-    folder, name = made.folder.parent, str(made.read()["target"])
-    ledger = Ledger(folder / "steps")
-    with ledger.locked():
+def add_result(path: Path, bundle: Bundle, returned: DeviceResult) -> tuple[BuildRecord, Path]:
+    """Add a result to the record of its build; return the record, and the folder of the build."""
+    folder, name = bundle.folder.parent, str(bundle.read()["target"])
+    cache = StepCache(folder / "steps")
+    with cache.locked():
         record = read_report(folder / "report.json")
-        config = serialization.load(BuildConfig, record.config)
-        bench = read_off(ledger, name, made, returned, config.bench)
-        target = named(config.targets).get(name)
+        config = serialization.from_json(BuildConfig, record.config)
+        target = label_targets(config.targets).get(name)
         if target is None:
             raise ConfigError(f"the build in `{folder}` has no target `{name}`", hint="build again: it was changed")
-        bench = shipped(bench, target, record.students)
-        others = [old for old in record.benches if old.target != name or not old.scenario]  # those were of this machine
+        bench = read_bench(Run(config, cache).on(name, target), bundle, returned)
+        bench = with_selection(bench, target, record.students)
+        # other scenarios of the target were measured on this machine
+        others = [old for old in record.benches if old.target != name or not old.scenario]
         benches = tuple(bench if old.target == name else old for old in others)
         record = replace(
             record,
             benches=benches,
             gates=decide(config.gates, benches),
-            created=max(record.created, ledger.latest),
-            step_seconds=record.step_seconds | ledger.seconds,
+            created=max(record.created, cache.latest),
+            step_seconds=record.step_seconds | cache.seconds,
         )
-        home = made.folder / "results"
+        home = bundle.folder / "results"
         if path.parent.resolve() != home.resolve():
             replace_files((*returned.arrays, returned.result), home)
-        told = ledger.given(templates()).step("report", Rendered, rendered, record)
-        publish(told, folder)
-        before = provenance.read(folder)["steps"] if (folder / provenance.NAME).exists() else {}
-        provenance.certify(record, folder, told.files, before | ledger.written)
+        report = cache.depends_on(templates()).step("report", rendered, record)
+        publish(report, folder)
+        steps = provenance.read(folder)["steps"] if (folder / provenance.NAME).exists() else {}
+        provenance.write_manifest(record, folder, report.files, steps | cache.written)
     return record, folder
 
 
-def origin(path: Path, out: Path | None) -> Bundle:
-    """The bundle that a result is of, in the folder of its build. Raises ConfigError where none is it."""
-    wanted = str(read(path)["bundle"])
+def find_bundle(path: Path, out: Path | None) -> Bundle:
+    """Return the bundle that a result is of, in the folder of its build. Raise ConfigError if there is none."""
+    sha256 = str(read_result(path)["bundle"])
     around = [path.resolve().parent.parent.parent] if path.name == RESULT else []
-    places = [out] if out else [*sorted(RUNS.glob("*")), *around]
-    found = [File.of(p) for place in places for p in sorted(place.glob(f"bundle-*/{MANIFEST}"))]
-    for listing in found:
-        if listing.sha256 == wanted and (listing.path.parent.parent / "report.json").is_file():
-            return whole(Bundle(listing))
-    known = ", ".join(f"`{m.path.parent}` is {m.sha256[:12]}" for m in found) or "there is no bundle"
+    folders = [out] if out else [*sorted(RUNS.glob("*")), *around]
+    manifests = [File.of(p) for folder in folders for p in sorted(folder.glob(f"bundle-*/{MANIFEST}"))]
+    for manifest in manifests:
+        if manifest.sha256 == sha256 and (manifest.path.parent.parent / "report.json").is_file():
+            return check_bundle(Bundle(manifest))
+    others = ", ".join(f"`{m.path.parent}` is {m.sha256[:12]}" for m in manifests) or "there is no bundle"
     where = f"`{out}`" if out else f"`{RUNS}`"
     raise ConfigError(
-        f"`{path}` is a result of the bundle {wanted[:12]}, which no build in {where} has made: {known}",
+        f"`{path}` is a result of the bundle {sha256[:12]}, which no build in {where} has made: {others}",
         hint="a result counts for the files that were measured only; name the folder of their build with --out, or "
         "copy the bundle of this build to the device and run it there",
     )
 
 
-def whole(made: Bundle) -> Bundle:
-    """The bundle. Raises ConfigError where its manifest is none, StaleArtifact where a file of it was changed."""
-    told = made.read()
-    names = [engine[key] for engine in told["engines"] for key in ("model", "expected")]
-    for name in filter(None, [*names, told["inputs"], told["labels"]]):
-        File.checked(made.folder / name, told["files"][name]["sha256"])
-    return made
+def check_bundle(bundle: Bundle) -> Bundle:
+    """Return the bundle.
+
+    Raises:
+        ConfigError: if its manifest is invalid.
+        StaleArtifact: if a file of it changed.
+    """
+    manifest = bundle.read()
+    names = [engine[key] for engine in manifest["engines"] for key in ("model", "expected")]
+    for name in filter(None, [*names, manifest["inputs"], manifest["labels"]]):
+        File.checked(bundle.folder / name, manifest["files"][name]["sha256"])
+    return bundle

@@ -1,65 +1,86 @@
-"""Survey: the sensitivity of an ONNX file of any origin, and the mixes of INT8 and float layers that it allows."""
+"""The sensitivity of an ONNX file of any origin: its layers ranked, and the mixes of INT8 and float layers."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from edgekd.core import plugins, serialization
 from edgekd.core.artifact import OnnxModel
-from edgekd.core.mixed_precision import Frontier
+from edgekd.core.mixed_precision import ParetoFront
 from edgekd.core.target import Target
-from edgekd.errors import ConfigError
+from edgekd.core.task import matching_task
+from edgekd.errors import ConfigError, ModelError
 from edgekd.onnx import inspect
 from edgekd.onnx.inputs import load_calibration
-from edgekd.stages.bench.compare_files import contestant, given, true_classes
-from edgekd.stages.mixed_precision.search import frontier
-from edgekd.stages.mixed_precision.sensitivity import RANKED, Exam, Subject
-from edgekd.stages.quantize.preparation import dialect_for, prepare_file
-from edgekd.stages.quantize.quantize import settled
+from edgekd.stages.bench.compare_files import check_labels, load_entry, save_inputs
+from edgekd.stages.mixed_precision.search import SearchGoal, search_pareto_front
+from edgekd.stages.mixed_precision.sensitivity import LAYER_IMAGES, EvalSet, QuantizableModel
+from edgekd.stages.quantize.preparation import prepare_file
+from edgekd.stages.quantize.quantize import Int8Options, select_ranges
 from edgekd.stages.quantize.ranges import QuantizeConfig
 from edgekd.stages.report import plots
-from edgekd.stages.report.mixed_precision import drawn, markdown
+from edgekd.stages.report.mixed_precision import markdown, plot
 
 
-def survey(
-    out: Path, model: Path, calib: Path, images: Path, labels: Path, target_name: str, config: QuantizeConfig
-) -> Frontier:
-    """Rank the layers of the FP32 file `model`, and find the cheapest mix within `max_drop` of `config`, if it has one.
+@dataclass(frozen=True)
+class SensitivityRequest:
+    """An FP32 file, and the data to quantize and evaluate it with."""
 
-    At most RANKED of the `images`, network inputs (N, C, H, W), are looked at, spread evenly; `labels` are their
-    classes. `out` gets sensitivity.json, .md and .svg, and samples. Raises ConfigError, DataError and ModelError for
-    files that do not go together or cannot be quantized.
+    model: Path
+    calibration: Path  # network inputs, .npz or .npy, (N, C, H, W) float32
+    images: Path  # other network inputs, to evaluate with
+    labels: Path  # their classes, .npy
+    target_name: str
+    config: QuantizeConfig
+
+
+def analyze_sensitivity(out: Path, request: SensitivityRequest) -> ParetoFront:
+    """Rank the layers of a file, and find the cheapest mix of INT8 and float layers within `max_drop`, if there is one.
+
+    At most LAYER_IMAGES of the images are evaluated, spread evenly. `out` gets sensitivity.json, .md and .svg, and
+    samples.
+
+    Raises:
+        ConfigError: if the target has no INT8 files in ONNX.
+        DataError: if the data do not fit the file.
+        ModelError: if the file cannot be quantized.
     """
-    target: Target = plugins.load("targets", target_name)()
-    if target.dialect.form == "cache":
-        raise ConfigError(f"INT8 for `{target_name}` is no ONNX file", hint="name a target that runs Q/DQ nodes: cpu")
-    dialect, found = dialect_for(target.dialect, config), inspect.facts(model)
-    if found.input.shape[0] > 1:
+    name, model, config = request.target_name, request.model, request.config
+    target: Target = plugins.load("targets", name)()
+    if target.scheme.format == "calibration_cache":
+        raise ConfigError(f"INT8 for `{name}` is not an ONNX file", hint="name a target that runs Q/DQ nodes: cpu")
+    options, facts = Int8Options.of(target.scheme, config), inspect.facts(model)
+    if facts.input.shape[0] > 1:
         raise ConfigError(
-            f"`{model}` takes {found.input.shape[0]} inputs at once, but calls are timed with one",
+            f"`{model}` takes {facts.input.shape[0]} inputs at once, but calls are timed with one",
             hint="export it with a batch of 1, or a dynamic one",
         )
+    task = matching_task(facts.outputs)
+    if task is None:
+        hint = "give a file with one output: class logits, or maps"
+        raise ModelError(f"no task has outputs such as those of `{model}`", hint=hint)
     out.mkdir(parents=True, exist_ok=True)
-    inputs = given(out, images, found.input)
-    truth = true_classes(labels, inputs, (contestant(model, model.name),))
-    known = load_calibration(calib, found.input)
-    source = prepare_file(model, out / "prepared.onnx", known, config) if config.rescales else model
-    ranges = settled(source, known, dialect, config)
-    made: OnnxModel = inspect.described(source, model.stem)
-    subject = Subject(source, source, known, dialect, ranges, made.macs, config.floats, config.correct_bias)
-    exam = Exam.of(model, *some(inputs.path, truth.path))
-    told = frontier(out, subject, exam, model.name, target_name, target, config.max_drop, whole=True)
-    (out / "sensitivity.json").write_text(json.dumps(serialization.dump(told), indent=2) + "\n")
-    (out / "sensitivity.md").write_text(markdown(told, "sensitivity.svg"), encoding="utf-8")
-    (out / "sensitivity.svg").write_text(plots.page(drawn(told)), encoding="utf-8")
-    return told
+    inputs = save_inputs(out, request.images, facts.input)
+    labels = check_labels(request.labels, inputs, (load_entry(model, model.name),))
+    calibration = load_calibration(request.calibration, facts.input)
+    source = prepare_file(model, out / "prepared.onnx", calibration, config) if config.rescales else model
+    ranges = select_ranges(source, calibration, options, config)
+    onnx: OnnxModel = inspect.describe(source, model.stem)
+    network = QuantizableModel(model.name, source, source, calibration, ranges, options, onnx.macs)
+    eval_set = EvalSet.of(model, *sample_evenly(inputs.path, labels.path), task)
+    front = search_pareto_front(out, network, eval_set, SearchGoal(name, target, config.max_drop, all_layers=True))
+    (out / "sensitivity.json").write_text(json.dumps(serialization.to_json(front), indent=2) + "\n")
+    (out / "sensitivity.md").write_text(markdown(front, "sensitivity.svg"), encoding="utf-8")
+    (out / "sensitivity.svg").write_text(plots.page(plot(front)), encoding="utf-8")
+    return front
 
 
-def some(images: Path, labels: Path) -> tuple[np.ndarray, np.ndarray]:
-    """At most RANKED of them, spread evenly, for files are often sorted by class."""
+def sample_evenly(images: Path, labels: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return at most LAYER_IMAGES of them, spread evenly, for files are often sorted by class."""
     every = np.load(images, mmap_mode="r")
-    picks = np.unique(np.linspace(0, len(every) - 1, RANKED).astype(np.int64))
+    picks = np.unique(np.linspace(0, len(every) - 1, LAYER_IMAGES).astype(np.int64))
     return every[picks], np.load(labels)[picks]

@@ -1,1 +1,1 @@
-"""Device families: their INT8 dialect and how the runner serves them."""
+"""Device families: their INT8 scheme and how the runner serves them."""

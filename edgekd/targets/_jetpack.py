@@ -8,7 +8,7 @@ from importlib.resources import files
 from typing import Literal
 
 from edgekd.core import config_file, serialization
-from edgekd.core.plugins import unknown
+from edgekd.core.plugins import unknown_name
 from edgekd.core.settings import Settings
 from edgekd.errors import ConfigError
 
@@ -61,41 +61,41 @@ class Table(Settings):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to build for one board under one JetPack."""
+class EnginePlan:
+    """The engines to build for one board under one JetPack."""
 
     jetpack: Jetpack
     board: Board
     engines: tuple[Precision, ...]  # to build on the device and to compare
     int8: Route | None  # None: no INT8 there
     dla: bool  # whether its engine runs on a DLA
-    instead: tuple[str, ...]  # a sentence for everything that was asked for and cannot be had
+    instead: tuple[str, ...]  # a sentence for everything that the configuration names and the device lacks
 
 
 @cache
 def table() -> Table:
     text = files("edgekd.targets").joinpath("jetpacks.yaml").read_text(encoding="utf-8")
-    return serialization.load(Table, config_file.parse(text, "jetpacks.yaml"))
+    return serialization.from_json(Table, config_file.parse_yaml(text, "jetpacks.yaml"))
 
 
 def jetpack(version: str) -> Jetpack:
-    """Raises ConfigError if there is no such JetPack in the table."""
-    known = {row.version: row for row in table().jetpacks}
-    if version not in known:
-        raise unknown(f"there is no JetPack `{version}` in edgekd's table", version, list(known))
-    return known[version]
+    """Return a JetPack of the table. Raises ConfigError if there is none of that version."""
+    rows = {row.version: row for row in table().jetpacks}
+    if version not in rows:
+        raise unknown_name(f"there is no JetPack `{version}` in edgekd's table", version, list(rows))
+    return rows[version]
 
 
 def board(name: str) -> Board:
-    """Raises ConfigError if there is no such board in the table."""
-    known = {row.name: row for row in table().boards}
-    if name not in known:
-        raise unknown(f"there is no board `{name}` in edgekd's table", name, list(known))
-    return known[name]
+    """Return a board of the table. Raises ConfigError if there is none of that name."""
+    rows = {row.name: row for row in table().boards}
+    if name not in rows:
+        raise unknown_name(f"there is no board `{name}` in edgekd's table", name, list(rows))
+    return rows[name]
 
 
-def plan(version: str, name: str, dla: bool = False) -> Plan:
-    """What to build for the board `name` under JetPack `version`; `dla` asks for its DLA.
+def plan_engines(version: str, name: str, dla: bool = False) -> EnginePlan:
+    """Return what to build for the board `name` under JetPack `version`; with `dla`, for its DLA.
 
     Raises ConfigError if one of them is unknown or that JetPack does not run on the board.
     """
@@ -118,28 +118,28 @@ def plan(version: str, name: str, dla: bool = False) -> Plan:
     engines: tuple[Precision, ...] = ("fp32", "fp16", "int8") if has_int8 else ("fp32", "fp16")
     if on_dla:
         engines = ("fp16", "int8")  # a DLA computes in nothing else
-    return Plan(row, kind, engines, route if has_int8 else None, on_dla, tuple(instead))
+    return EnginePlan(row, kind, engines, route if has_int8 else None, on_dla, tuple(instead))
 
 
 def no_dla(row: Jetpack, kind: Board) -> str:
-    """Why the DLA cannot be used; empty if it can."""
+    """Return why the DLA cannot be used; empty if it can."""
     if not kind.dla_cores:
         return f"{kind.title} has no DLA"
-    return "" if row.dla == "calibration" else f"TensorRT {row.tensorrt} of JetPack {row.version} knows no DLA"
+    return "" if row.dla == "calibration" else f"TensorRT {row.tensorrt} of JetPack {row.version} supports no DLA"
 
 
 def cache_release(version: str | None) -> str:
-    """The TensorRT whose calibration cache a DLA under JetPack `version` reads.
+    """Return the TensorRT whose calibration cache a DLA under JetPack `version` reads.
 
     Raises ConfigError without a version, and where no DLA reads a cache.
     """
     fitting = ", ".join(row.version for row in table().jetpacks if row.dla == "calibration")
     if version is None:
-        raise ConfigError("a calibration cache is for one TensorRT", hint=f"say --jetpack, one of {fitting}")
+        raise ConfigError("a calibration cache is for one TensorRT", hint=f"give --jetpack, one of {fitting}")
     row = jetpack(version)
     if row.dla == "none":
         raise ConfigError(
-            f"TensorRT {row.tensorrt} of JetPack {version} knows no DLA, so that nothing reads a calibration cache",
-            hint=f"use the dialect `tensorrt` for the GPU, or JetPack {fitting} for a DLA",
+            f"TensorRT {row.tensorrt} of JetPack {version} supports no DLA, so that nothing reads a calibration cache",
+            hint=f"use the scheme `tensorrt` for the GPU, or JetPack {fitting} for a DLA",
         )
     return row.tensorrt

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Literal
 
-from edgekd.core.quant_scheme import DIALECTS, Dialect
-from edgekd.core.target import Delivery, Target
+from edgekd.core.quant_scheme import QUANT_SCHEMES, QuantScheme
+from edgekd.core.target import DeploymentPlan, Target
 from edgekd.errors import ConfigError
 from edgekd.utils.cpu import VNNI, X86, flags, saturates
 
 Architecture = Literal["x86", "arm"]
+NO_VNNI = "the processor has no VNNI, or does not report it: INT8 weights have 7 bits, which saturate on none"
 
 
 @dataclass(frozen=True)
@@ -25,39 +26,38 @@ class Cpu(Target):
             raise ConfigError(f"threads is {self.threads}", hint="use 1 or more; 1 is the steadiest")
 
     @property
-    def dialect(self) -> Dialect:
-        """x86 is fast with unsigned activations only; its chips without VNNI saturate on full 8-bit weights."""
-        if self.known_arch == "arm":
-            return DIALECTS["ort-arm"]
-        return replace(DIALECTS["ort-x86"], reduce_range=not self.has_vnni)
+    def scheme(self) -> QuantScheme:
+        """Unsigned activations on x86, where only they are fast; 7-bit weights where 8-bit products saturate."""
+        if self.resolved_arch == "arm":
+            return QUANT_SCHEMES["ort-arm"]
+        return replace(QUANT_SCHEMES["ort-x86"], reduce_range=not self.has_vnni)
 
     @property
-    def delivery(self) -> Delivery:
-        if self.known_arch == "arm" or self.has_vnni:
-            return Delivery()
-        words = "the processor has no VNNI, or does not tell: INT8 weights have 7 bits, which saturate on none"
-        return Delivery(instead=(words,))
+    def deployment_plan(self) -> DeploymentPlan:
+        if self.resolved_arch == "arm" or self.has_vnni:
+            return DeploymentPlan()
+        return DeploymentPlan(instead=(NO_VNNI,))
 
     @property
-    def known_arch(self) -> Architecture:
-        return here() if self.arch == "auto" else self.arch
+    def resolved_arch(self) -> Architecture:
+        return this_arch() if self.arch == "auto" else self.arch
 
     @property
     def has_vnni(self) -> bool:
-        """Of an x86 processor; one that is not known counts as without."""
-        own = self.known_arch == here() and bool(VNNI & set(flags()))
-        return own if self.vnni is None else self.vnni
+        """Whether an x86 processor has VNNI; one that is not known counts as without."""
+        detected = self.resolved_arch == this_arch() and bool(VNNI & set(flags()))
+        return detected if self.vnni is None else self.vnni
 
     def on(self, machine: str, flags: tuple[str, ...] | None) -> Cpu:
         arch = arch_of(machine)
-        told = None if arch == "arm" else not saturates(machine, flags)
-        there = replace(self, arch=arch, vnni=told if self.vnni is None else self.vnni)
-        return self if (there.known_arch, there.dialect) == (self.known_arch, self.dialect) else there
+        detected = None if arch == "arm" else not saturates(machine, flags)
+        target = replace(self, arch=arch, vnni=detected if self.vnni is None else self.vnni)
+        return self if (target.resolved_arch, target.scheme) == (self.resolved_arch, self.scheme) else target
 
-    def missing(self) -> str:
-        if self.arch not in ("auto", here()):
+    def unavailable_reason(self) -> str:
+        if self.arch not in ("auto", this_arch()):
             return f"this machine's processor is {platform.machine()}, not {self.arch}"
-        if self.vnni and here() == "x86" and not VNNI & set(flags()):
+        if self.vnni and this_arch() == "x86" and not VNNI & set(flags()):
             return "this machine's processor has no VNNI"
         return "" if find_spec("onnxruntime") else "onnxruntime is not installed"
 
@@ -66,15 +66,17 @@ class Cpu(Target):
         return "onnxruntime"
 
     @property
-    def trait(self) -> str:
-        return super().trait if self.arch == "auto" else f"{self.arch}-{super().trait}"
+    def label(self) -> str:
+        return super().label if self.arch == "auto" else f"{self.arch}-{super().label}"
 
 
-def here() -> Architecture:
+def this_arch() -> Architecture:
+    """Return the architecture of this machine."""
     return arch_of(platform.machine())
 
 
 def arch_of(machine: str) -> Architecture:
+    """Return the architecture that `uname -m` names."""
     return "x86" if machine in X86 else "arm"
 
 

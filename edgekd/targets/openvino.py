@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Literal
 
-from edgekd.core.artifact import Floats
-from edgekd.core.quant_scheme import DIALECTS, Dialect
-from edgekd.core.target import Delivery, Target
+from edgekd.core.artifact import ComputePrecision
+from edgekd.core.quant_scheme import QUANT_SCHEMES, QuantScheme
+from edgekd.core.target import DeploymentPlan, Target
 from edgekd.errors import ConfigError
 from edgekd.utils.cpu import flags, saturates
 
@@ -26,9 +26,9 @@ class OpenVino(Target):
             raise ConfigError(f"threads is {self.threads}", hint="use 1 or more; 1 is the steadiest")
 
     @property
-    def dialect(self) -> Dialect:
+    def scheme(self) -> QuantScheme:
         """Weights have 7 bits where products of 8 bits saturate, as NNCF's overflow fix has it."""
-        return replace(DIALECTS["openvino"], reduce_range=not self.exact)
+        return replace(QUANT_SCHEMES["openvino"], reduce_range=not self.exact)
 
     @property
     def exact(self) -> bool:
@@ -36,28 +36,28 @@ class OpenVino(Target):
         return not saturates(platform.machine(), flags()) if self.vnni is None else self.vnni
 
     def on(self, machine: str, flags: tuple[str, ...] | None) -> OpenVino:
-        told = not saturates(machine, flags)
-        return self if self.vnni is not None or told == self.exact else replace(self, vnni=told)
+        exact = not saturates(machine, flags)
+        return self if self.vnni is not None or exact == self.exact else replace(self, vnni=exact)
 
     @property
-    def delivery(self) -> Delivery:
-        words = "the processor has no VNNI, or does not tell: INT8 weights have 7 bits, which saturate on none"
-        return Delivery() if self.exact else Delivery(instead=(words,))
+    def deployment_plan(self) -> DeploymentPlan:
+        reason = "the processor has no VNNI, or does not report it: INT8 weights have 7 bits, which saturate on none"
+        return DeploymentPlan() if self.exact else DeploymentPlan(instead=(reason,))
 
     @property
-    def floats(self) -> tuple[Floats, ...]:
+    def compute_precisions(self) -> tuple[ComputePrecision, ...]:
         """On processors with bf16 the default is bf16, which is faster and less exact: both are measured."""
-        return ("fp32", "default")
+        return ("fp32", "native")
 
     @property
     def options(self) -> dict[str, str]:
         return {"hint": self.hint}
 
     @property
-    def trait(self) -> str:
+    def label(self) -> str:
         return f"{self.threads}t-{self.hint}"
 
-    def missing(self) -> str:
+    def unavailable_reason(self) -> str:
         return "" if find_spec("openvino") else "openvino is not installed (pip install 'edgekd[openvino]')"
 
     @property

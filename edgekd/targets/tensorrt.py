@@ -6,8 +6,8 @@ import ctypes
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from edgekd.core.quant_scheme import DIALECTS, Dialect
-from edgekd.core.target import Delivery, Target
+from edgekd.core.quant_scheme import QUANT_SCHEMES, QuantScheme
+from edgekd.core.target import DeploymentPlan, Target
 from edgekd.errors import ConfigError
 
 OPSET = 20  # all of TensorRT 10 and 11 reads it
@@ -20,24 +20,24 @@ class TensorRt(Target):
             raise ConfigError(f"threads is {self.threads}, which TensorRT has none of", hint="leave it out")
 
     @property
-    def dialect(self) -> Dialect:
-        return DIALECTS["tensorrt"]
+    def scheme(self) -> QuantScheme:
+        return QUANT_SCHEMES["tensorrt"]
 
     @property
-    def delivery(self) -> Delivery:
-        return Delivery(
+    def deployment_plan(self) -> DeploymentPlan:
+        return DeploymentPlan(
             engines=("fp32", "fp16", "int8"),
             opset=OPSET,
             typed=True,
             why=(
                 f"TensorRT 10 and newer reads ONNX of opset {OPSET}",
-                "precisions stand in the files, which TensorRT 10 can take so, and 11 only so",
+                "precisions are in the files, which TensorRT 10 can take so, and 11 only so",
                 "all precisions are built and measured: on small layers, INT8 can be slower than FP16",
             ),
         )
 
-    def missing(self) -> str:
-        """TensorRT itself is not imported: without a driver it can end the process."""
+    def unavailable_reason(self) -> str:
+        """Return why, without an import of TensorRT: without a driver it can end the process."""
         library = "" if find_spec("tensorrt") else "tensorrt is not installed (pip install 'edgekd[tensorrt]')"
         return ", and ".join(filter(None, (no_gpu(), library)))
 
@@ -47,7 +47,7 @@ class TensorRt(Target):
 
 
 def no_gpu() -> str:
-    """Why there is no NVIDIA GPU to use; empty if there is one."""
+    """Return why there is no NVIDIA GPU to use; empty if there is one."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

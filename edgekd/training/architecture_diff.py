@@ -1,4 +1,4 @@
-"""How a taught network differs from what its family builds, so that it can be built again from its weights."""
+"""Differences between a trained network and what its family builds, so that it can be rebuilt from its weights."""
 
 from __future__ import annotations
 
@@ -10,69 +10,75 @@ from torch import nn
 
 from edgekd.errors import ModelError
 
-CHAINS = (nn.Sequential, nn.ModuleList)  # what can be shortened; a list is run in a loop by its owner
+CHAINS = (nn.Sequential, nn.ModuleList)  # what can be shortened; a ModuleList is run in a loop by its parent
 
 
 @dataclass(frozen=True)
-class Surgery:
-    """Changes to a network in plain terms. Empty for most methods, which change weights only."""
+class ArchitectureDiff:
+    """Changes to the architecture of a network. Empty for most methods, which only change weights."""
 
-    lengths: dict[str, int] = field(default_factory=dict)  # of one of CHAINS: children that are left
-    channels: dict[str, tuple[int, int]] = field(default_factory=dict)  # of a layer: entering, leaving
+    lengths: dict[str, int] = field(default_factory=dict)  # by path of one of CHAINS: remaining children
+    channels: dict[str, tuple[int, int]] = field(default_factory=dict)  # by path of a layer: in_channels, out_channels
 
 
-def difference(built: nn.Module, made: nn.Module) -> Surgery:
-    """What has to be done to `built` so that the weights of `made` fit it.
+def diff_architectures(original: nn.Module, trained: nn.Module) -> ArchitectureDiff:
+    """Return the changes to `original` after which the weights of `trained` fit it.
 
-    Known are an nn.Sequential or nn.ModuleList that is shorter, and Conv2d, BatchNorm2d and Linear with other channels.
-    Raises ModelError if more than that differs.
+    An nn.Sequential or nn.ModuleList may be shorter; Conv2d, BatchNorm2d and Linear may have other channels.
+
+    Raises:
+        ModelError: if anything else differs.
     """
-    wanted = dict(made.named_modules())
+    modules = dict(trained.named_modules())
     lengths = {
-        path: len(wanted[path])
-        for path, module in built.named_modules()
-        if isinstance(module, CHAINS) and len(module) > len(wanted.get(path, module))
+        path: len(modules[path])
+        for path, module in original.named_modules()
+        if isinstance(module, CHAINS) and len(module) > len(modules.get(path, module))
     }
     channels = {
         path: size
-        for path, size in sizes(made)
-        if path in dict(built.named_modules()) and dict(sizes(built)).get(path) != size
+        for path, size in layer_channels(trained)
+        if path in dict(original.named_modules()) and dict(layer_channels(original)).get(path) != size
     }
-    surgery = Surgery(lengths, channels)
-    got, want = shapes(operated(built, surgery)), shapes(made)
-    if got != want:
-        odd = sorted(key for key in got.keys() | want.keys() if got.get(key) != want.get(key))
+    diff = ArchitectureDiff(lengths, channels)
+    rebuilt_shapes, trained_shapes = tensor_shapes(apply_diff(original, diff)), tensor_shapes(trained)
+    if rebuilt_shapes != trained_shapes:
+        differing = sorted(
+            key
+            for key in rebuilt_shapes.keys() | trained_shapes.keys()
+            if rebuilt_shapes.get(key) != trained_shapes.get(key)
+        )
         raise ModelError(
-            f"the taught network cannot be built again from its family: {', '.join(odd[:3])} differ",
+            f"the trained network cannot be rebuilt from its family: {', '.join(differing[:3])} differ",
             hint="a method may shorten an nn.Sequential or nn.ModuleList and change channels, nothing else",
         )
-    return surgery
+    return diff
 
 
-def operated(network: nn.Module, surgery: Surgery) -> nn.Module:
-    """A copy of `network` with the changes made; layers with other channels have random weights."""
-    made = copy.deepcopy(network)
-    for path, length in surgery.lengths.items():
-        stage = made.get_submodule(path)
+def apply_diff(network: nn.Module, diff: ArchitectureDiff) -> nn.Module:
+    """Return a copy of `network` with the changes made; layers with other channels have random weights."""
+    copied = copy.deepcopy(network)
+    for path, length in diff.lengths.items():
+        stage = copied.get_submodule(path)
         assert isinstance(stage, CHAINS)
         del stage[length:]
-    for path, (entering, leaving) in surgery.channels.items():
+    for path, (in_channels, out_channels) in diff.channels.items():
         parent, _, name = path.rpartition(".")
-        setattr(made.get_submodule(parent), name, resized(made.get_submodule(path), entering, leaving))
-    return made
+        setattr(copied.get_submodule(parent), name, resize_layer(copied.get_submodule(path), in_channels, out_channels))
+    return copied
 
 
-def resized(layer: nn.Module, entering: int, leaving: int) -> nn.Module:
-    """A layer like `layer` for other numbers of channels, with random weights."""
+def resize_layer(layer: nn.Module, in_channels: int, out_channels: int) -> nn.Module:
+    """Return a layer like `layer` for other numbers of channels, with random weights."""
     if isinstance(layer, nn.Linear):
-        return nn.Linear(entering, leaving, layer.bias is not None)
+        return nn.Linear(in_channels, out_channels, layer.bias is not None)
     if isinstance(layer, nn.BatchNorm2d):
-        return nn.BatchNorm2d(leaving, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
+        return nn.BatchNorm2d(out_channels, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
     assert isinstance(layer, nn.Conv2d)
-    groups = entering if layer.groups == layer.in_channels else layer.groups  # a depthwise one stays depthwise
+    groups = in_channels if layer.groups == layer.in_channels else layer.groups  # a depthwise one stays depthwise
     return nn.Conv2d(
-        entering,
-        leaving,
+        in_channels,
+        out_channels,
         layer.kernel_size,  # type: ignore[arg-type]
         layer.stride,  # type: ignore[arg-type]
         layer.padding,  # type: ignore[arg-type]
@@ -83,8 +89,8 @@ def resized(layer: nn.Module, entering: int, leaving: int) -> nn.Module:
     )
 
 
-def sizes(network: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Entering and leaving channels of every layer that can be resized."""
+def layer_channels(network: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield path and (in_channels, out_channels) of every layer that can be resized."""
     for path, module in network.named_modules():
         if isinstance(module, nn.Conv2d):
             yield path, (module.in_channels, module.out_channels)
@@ -94,5 +100,6 @@ def sizes(network: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
             yield path, (module.num_features, module.num_features)
 
 
-def shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the state dict."""
     return {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}

@@ -1,25 +1,27 @@
-"""Images in memory to training batches: shuffled, augmented, normalised, reproducible."""
+"""Training batches from images in memory: shuffled, augmented, normalized, reproducible."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from edgekd.core.dataset import Arrays, Augment, Task
+from edgekd.core.augment import Augment
+from edgekd.core.dataset import PreparedDataset, SplitArrays
 
 
-class Feed:
+class ArrayLoader:
     """One split as tensors. Images stay in uint8 (N, H, W, C), which is channels-last already."""
 
-    def __init__(self, arrays: Arrays, task: Task, augment: Augment, device: torch.device) -> None:
+    def __init__(self, arrays: SplitArrays, dataset: PreparedDataset, augment: Augment, device: torch.device) -> None:
         self.images = torch.from_numpy(np.ascontiguousarray(arrays.images)).to(device)
         self.labels = torch.from_numpy(arrays.labels).to(device)
-        self.augment = augment
-        self.mean = 255 * torch.tensor(task.mean, device=device)
-        self.scale = 1 / (255 * torch.tensor(task.std, device=device))
+        self.augment, self.task = augment, dataset.task
+        self.mean = 255 * torch.tensor(dataset.mean, device=device)
+        self.scale = 1 / (255 * torch.tensor(dataset.std, device=device))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -32,41 +34,50 @@ class Feed:
     def shuffled(
         self, batch: int, seed: int, samples: Sequence[int] | None = None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """One epoch of (x, y, index) in batches of like, even size: none is too small for BatchNorm.
-
-        Even, because torch 2.13 writes beyond its buffers in the backward pass of strided 1x1 convolutions with fewer
-        than 16 channels, channels-last, odd batch. If the split is odd, another image sits out each epoch.
-        """
+        """One epoch of (x, y, index): every image once, in batches of like size; none is too small for BatchNorm."""
         random = np.random.default_rng(seed)
         order = random.permutation(len(self) if samples is None else np.asarray(samples))
-        pairs = order[: len(order) // 2 * 2].reshape(-1, 2)
-        for index in np.array_split(pairs, self.steps(batch, samples)):
-            yield self.gather(index.ravel(), random)
+        for index in np.array_split(order, self.steps(batch, samples)):
+            yield self.gather(index, random)
 
     def ordered(self, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """All images once, in order and as they are."""
+        """Return all images once, in order and as they are."""
         for index in np.array_split(np.arange(len(self)), self.steps(batch)):
             yield self.gather(index, None)
 
     def gather(self, index: np.ndarray, random: np.random.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
         rows = torch.from_numpy(index).to(self.labels.device)
-        images = self.images[rows]
+        images, labels = self.images[rows], self.labels[rows]
         if random is not None:
-            images = augmented(images, self.augment, random)
+            images, labels = self.task.transform(images, labels, self.augment, random)
         x = ((images.float() - self.mean) * self.scale).permute(0, 3, 1, 2)
-        return x, self.labels[rows], rows
+        return x, labels, rows
 
 
-def augmented(images: Tensor, augment: Augment, random: np.random.Generator) -> Tensor:
-    """Shift each image by up to `crop` pixels over zero padding, and mirror half of them."""
+@dataclass(frozen=True)
+class Shift:
+    """Where the pixels of augmented images come from, in the images padded by `padding` on all sides."""
+
+    padding: int
+    rows: Tensor  # (N, H)
+    columns: Tensor  # (N, W)
+
+
+def draw_shift(images: Tensor, augment: Augment, random: np.random.Generator) -> Shift:
+    """Draw for each of (N, H, W, C) images a shift by up to `crop` pixels, and whether it is mirrored."""
     count, height, width, _ = images.shape
-    device, pad = images.device, augment.crop
-    top = torch.from_numpy(random.integers(0, 2 * pad + 1, count)).to(device)
-    left = torch.from_numpy(random.integers(0, 2 * pad + 1, count)).to(device)
+    device, padding = images.device, augment.crop
+    top = torch.from_numpy(random.integers(0, 2 * padding + 1, count)).to(device)
+    left = torch.from_numpy(random.integers(0, 2 * padding + 1, count)).to(device)
     mirrored = torch.from_numpy(random.random(count) < 0.5 * augment.flip).to(device)
     rows = top[:, None] + torch.arange(height, device=device)
     columns = torch.arange(width, device=device).expand(count, width)
     columns = left[:, None] + torch.where(mirrored[:, None], width - 1 - columns, columns)
-    padded = torch.nn.functional.pad(images, (0, 0, pad, pad, pad, pad))
-    which = torch.arange(count, device=device)[:, None, None]
-    return padded[which, rows[:, :, None], columns[:, None, :]]
+    return Shift(padding, rows, columns)
+
+
+def shift_pixels(pixels: Tensor, shift: Shift, fill: float = 0) -> Tensor:
+    """Move (N, H, W, C) images, or maps of their size; `fill` comes in from outside."""
+    padded = torch.nn.functional.pad(pixels, (0, 0, *(shift.padding,) * 4), value=fill)
+    index = torch.arange(len(pixels), device=pixels.device)[:, None, None]
+    return padded[index, shift.rows[:, :, None], shift.columns[:, None, :]]

@@ -1,6 +1,6 @@
-"""A network as a graph of elementary operations on its own parameters, for methods that change single operations.
+"""A network as a graph of elementary operations on its parameters, for methods that change single operations.
 
-torch.export traces it, so that foreign code needs no change and nothing is left in it.
+torch.export traces it, so that a user's code needs no change.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ CONV, LINEAR, PRODUCT = aten.convolution.default, aten.linear.default, aten.mm.d
 NORM = aten._native_batch_norm_legit_no_training.default
 
 
-class Graph:
-    """A network's elementary operations, with its own, living parameters; BatchNorms folded, in eval mode."""
+class ExportedGraph:
+    """The elementary operations of a network in eval mode, on its live parameters; BatchNorms are folded."""
 
-    def __init__(self, network: nn.Module, x: Tensor) -> None:
-        """Raises ConfigError if torch cannot trace the network."""
+    def __init__(self, network: nn.Module, images: Tensor) -> None:
+        """Raise ConfigError if torch cannot trace the network."""
         try:
-            program = traced(network, x)
+            program = trace_network(network, images)
         except (RuntimeError, TypeError, ValueError) as error:
             cause = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
             raise ConfigError(
@@ -36,9 +36,9 @@ class Graph:
             ) from error
         self.network, self.program = network, program
         self.nodes = list(program.graph.nodes)
-        self.answer = next(n for n in self.nodes if n.name == program.graph_signature.user_outputs[0])
+        self.output = next(n for n in self.nodes if n.name == program.graph_signature.user_outputs[0])
         self.specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
-        self.moving = set(self.depending())
+        self.dependent = set(self.dependent_nodes())
         self.kernels = {n: axis for n in self.nodes if (axis := self.axis(n)) is not None}  # weighted -> channel axis
         self.folds = {
             n.args[0]: n
@@ -46,19 +46,19 @@ class Graph:
             if n.target is NORM and n.args[0] in self.kernels and len(n.args[0].users) == 1
         }
 
-    def depending(self) -> Iterator[fx.Node]:
-        """What changes with the image."""
-        found: set[fx.Node] = set()
+    def dependent_nodes(self) -> Iterator[fx.Node]:
+        """Yield the nodes that depend on the image."""
+        dependent: set[fx.Node] = set()
         for node in self.nodes:
             spec = self.specs.get(node.name)
             image = spec is not None and spec.kind is InputKind.USER_INPUT
-            if image or found & set(node.all_input_nodes):
-                found.add(node)
+            if image or dependent & set(node.all_input_nodes):
+                dependent.add(node)
                 yield node
 
     def axis(self, node: fx.Node) -> int | None:
-        """Which dimension of its weight counts the output channels of a weighted operation; None for any other."""
-        if node.target not in (CONV, LINEAR, PRODUCT) or node.args[1] in self.moving:
+        """Return the output-channel dimension of the weight of a weighted operation; None for any other."""
+        if node.target not in (CONV, LINEAR, PRODUCT) or node.args[1] in self.dependent:
             return None
         return 1 if node.target is PRODUCT or (node.target is CONV and node.args[6]) else 0
 
@@ -68,12 +68,12 @@ class Graph:
         read: Callable[[fx.Node, fx.Node, Tensor], Tensor] = lambda source, reader, value: value,
         weigh: Callable[[fx.Node, Any], Any] = lambda node, args: args,
     ) -> dict[fx.Node, Any]:
-        """The value of every node. `read` changes what an operation takes, `weigh` the folded arguments of a node."""
+        """Return the value of every node. `read` changes the inputs of an operation, `weigh` the folded arguments."""
         values: dict[fx.Node, Any] = {}
         normed = {norm: node for node, norm in self.folds.items()}
         for node in self.nodes:
             if node.op == "placeholder":
-                values[node] = x if node in self.moving else self.tensor(node.name)
+                values[node] = x if node in self.dependent else self.tensor(node.name)
             elif node.op == "get_attr":
                 values[node] = attrgetter(str(node.target))(self.program.graph_module)
             elif node in normed:
@@ -81,7 +81,7 @@ class Graph:
             elif node.op == "call_function":
 
                 def value(source: fx.Node, reader: fx.Node = node) -> Any:
-                    return read(source, reader, values[source]) if source in self.moving else values[source]
+                    return read(source, reader, values[source]) if source in self.dependent else values[source]
 
                 args, kwargs = fx.node.map_arg(node.args, value), fx.node.map_arg(node.kwargs, value)
                 if node in self.kernels:
@@ -92,14 +92,14 @@ class Graph:
         return values
 
     def tensor(self, name: str) -> Tensor:
-        """What a placeholder stands for."""
+        """Return the tensor of a placeholder."""
         target = str(self.specs[name].target)
         constants = self.program.constants
-        found: Tensor = constants[target] if target in constants else attrgetter(target)(self.network)
-        return found
+        value: Tensor = constants[target] if target in constants else attrgetter(target)(self.network)
+        return value
 
     def folded(self, node: fx.Node, args: Any, values: dict[fx.Node, Any]) -> tuple[Any, ...]:
-        """The arguments of a weighted operation, its BatchNorm taken up: input, weight, perhaps bias ..."""
+        """Return the arguments of a weighted operation, its BatchNorm folded: input, weight, perhaps bias ..."""
         if node not in self.folds:
             return tuple(args)
         x, weight, bias, *rest = (*args, None) if len(args) == 2 else args
@@ -111,16 +111,17 @@ class Graph:
         return x, weight * factor.reshape(shape), shift if beta is None else shift + beta, *rest
 
 
-def traced(network: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
+def trace_network(network: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
+    """Trace a network into core operations, for any batch size."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch about its own code; what matters raises
         program = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-        made: torch.export.ExportedProgram = program.run_decompositions(decompositions())
-        return made
+        decomposed: torch.export.ExportedProgram = program.run_decompositions(decompositions())
+        return decomposed
 
 
 def decompositions() -> Any:
-    """torch's own, where ONNX has the same operations; else those of ONNX."""
+    """torch's decompositions, except for operations that ONNX has as a whole."""
     table: Any = torch.export.default_decompositions()
     for whole in (LINEAR, aten.hardsigmoid.default):
         table.pop(whole)

@@ -1,4 +1,4 @@
-"""What methods that compare features share: pairs of layers, one pass that reads both networks, the task's losses."""
+"""Base of the methods that compare features: pairs of layers, one pass over both networks, losses of the outputs."""
 
 from __future__ import annotations
 
@@ -8,145 +8,162 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edgekd.core.method import Lesson, Losses, Method
+from edgekd.core.method import Losses, Method, TrainingContext
 from edgekd.core.settings import Settings
 from edgekd.errors import ConfigError
-from edgekd.training.feature_hooks import Taps
-from edgekd.training.layer_discovery import Layer, cuts, look, outputs, unique
-from edgekd.training.layer_matching import Candidate
-from edgekd.training.losses import check_temperature, check_weights, imitation, labels_weight, supervised
-from edgekd.training.teachers import columns, teacher
+from edgekd.training.feature_hooks import FeatureExtractor
+from edgekd.training.layer_discovery import LayerInfo, drop_aliases, find_layer, is_cut, trace_layers
+from edgekd.training.layer_matching import LayerMatch
+from edgekd.training.losses import check_temperature, check_weights, resolve_ce_weight
+from edgekd.training.teachers import class_columns, get_teacher
 
 
 @dataclass(frozen=True)
-class Pair(Settings):
-    """Two layers that are compared: dotted paths."""
+class LayerPair(Settings):
+    """Two layers that are compared, by dotted path."""
 
     teacher: str
     student: str
 
 
-def equal_pairs(lesson: Lesson, chosen: tuple[Pair, ...]) -> list[Candidate]:
-    """The chosen pairs; if none, the ends of each size that both networks have, in the order of the student.
+def equal_pairs(ctx: TrainingContext, pairs: tuple[LayerPair, ...]) -> list[LayerMatch]:
+    """Return the named pairs; if none are named, the last layers of each map size that both networks have.
 
-    Raises ConfigError if a chosen layer does not exist, if two have different sizes, or if no size is common.
+    They are in the order of the student.
+
+    Raises:
+        ConfigError: if a named layer does not exist, if sizes of a pair differ, or if there is no common size.
     """
-    x = next(lesson.sample(1)).x[:2]
-    if chosen:
-        return [checked(pair) for pair in named(lesson, chosen, x)]
-    wide, thin = ends(teacher(lesson), x), ends(lesson.student, x)
-    found = [Candidate(theirs, own) for own in thin for theirs in wide if theirs.size == own.size]
-    if not found:
-        sizes = [", ".join("{}x{}".format(*layer.size) for layer in side) or "none" for side in (wide, thin)]
+    x = next(ctx.first_batches(1)).images[:2]
+    if pairs:
+        return [check_equal_size(match) for match in find_pairs(ctx, pairs, x)]
+    teacher_layers, student_layers = last_layers(get_teacher(ctx), x), last_layers(ctx.student, x)
+    matches = [LayerMatch(t, s) for s in student_layers for t in teacher_layers if t.size == s.size]
+    if not matches:
+        sizes = [
+            ", ".join("{}x{}".format(*layer.size) for layer in side) or "none"
+            for side in (teacher_layers, student_layers)
+        ]
         raise ConfigError(
             f"no maps of teacher and student have equal sizes (teacher: {sizes[0]}; student: {sizes[1]})",
-            hint="choose a student that shrinks maps alike, or a method that compares layers of any size",
+            hint="choose a student with the same map sizes, or a method that compares layers of any size",
         )
-    return found
+    return matches
 
 
-def deepest_pairs(lesson: Lesson, chosen: tuple[Pair, ...]) -> list[Candidate]:
-    """The chosen pairs; if none, the ends of the smallest size in each network. Sizes need not be equal.
+def deepest_pairs(ctx: TrainingContext, pairs: tuple[LayerPair, ...]) -> list[LayerMatch]:
+    """Return the named pairs; if none are named, the last layer of the smallest maps in each network.
 
-    Raises ConfigError if a chosen layer does not exist, or if a network makes no maps.
+    Sizes of a pair may differ.
+
+    Raises:
+        ConfigError: if a named layer does not exist, or if a network has no maps.
     """
-    x = next(lesson.sample(1)).x[:2]
-    return named(lesson, chosen, x) or [Candidate(smallest(teacher(lesson), x), smallest(lesson.student, x))]
+    x = next(ctx.first_batches(1)).images[:2]
+    return find_pairs(ctx, pairs, x) or [LayerMatch(last_smallest(get_teacher(ctx), x), last_smallest(ctx.student, x))]
 
 
-def named(lesson: Lesson, chosen: tuple[Pair, ...], x: Tensor) -> list[Candidate]:
+def find_pairs(ctx: TrainingContext, pairs: tuple[LayerPair, ...], x: Tensor) -> list[LayerMatch]:
+    """Look up named pairs. Raise ConfigError if a layer does not exist."""
     return [
-        Candidate(look(teacher(lesson), p.teacher, x, "teacher"), look(lesson.student, p.student, x, "student"))
-        for p in chosen
+        LayerMatch(
+            find_layer(get_teacher(ctx), p.teacher, x, "teacher"), find_layer(ctx.student, p.student, x, "student")
+        )
+        for p in pairs
     ]
 
 
-def checked(pair: Candidate) -> Candidate:
+def check_equal_size(pair: LayerMatch) -> LayerMatch:
+    """Return the pair. Raise ConfigError if the map sizes differ."""
     if pair.teacher.size != pair.student.size:
         raise ConfigError(
-            f"layer `{pair.teacher.path}` of the teacher makes maps of {'{}x{}'.format(*pair.teacher.size)}, "
+            f"layer `{pair.teacher.path}` of the teacher has maps of {'{}x{}'.format(*pair.teacher.size)}, "
             f"`{pair.student.path}` of the student of {'{}x{}'.format(*pair.student.size)}",
             hint="choose layers of equal height and width",
         )
     return pair
 
 
-def ends(model: nn.Module, x: Tensor) -> list[Layer]:
-    """Of each size the last layer that everything passes through; where paths lead around all of them, the last one.
+def last_layers(model: nn.Module, x: Tensor) -> list[LayerInfo]:
+    """Return for each map size the last layer that everything passes through; the last of all if there is none.
 
-    In order of execution, for a batch of two images or more. What has the shape of a dense answer is no feature.
+    In order of execution, for a batch of two images or more. What has the shape of the answer is no feature.
     """
     with torch.no_grad():
         answer = tuple(model(x).shape[1:])
-    found = [layer for layer in unique(outputs(model, x)) if (layer.channels, *layer.size) != answer]
+    candidates = [layer for layer in drop_aliases(trace_layers(model, x)) if (layer.channels, *layer.size) != answer]
     last = []
-    for size in {layer.size for layer in found}:
-        own = [layer for layer in reversed(found) if layer.size == size]
-        last.append(next((layer for layer in own if cuts(model, layer.path, x)), own[0]))
-    return sorted(last, key=found.index)
+    for size in {layer.size for layer in candidates}:
+        same_size = [layer for layer in reversed(candidates) if layer.size == size]
+        last.append(next((layer for layer in same_size if is_cut(model, layer.path, x)), same_size[0]))
+    return sorted(last, key=candidates.index)
 
 
-def smallest(model: nn.Module, x: Tensor) -> Layer:
-    found = ends(model, x)
-    if not found:
+def last_smallest(model: nn.Module, x: Tensor) -> LayerInfo:
+    """Return the last layer of the smallest maps. Raise ConfigError if the network has no maps."""
+    layers = last_layers(model, x)
+    if not layers:
         raise ConfigError(
-            f"{type(model).__name__} has no layer that makes (N, C, H, W) maps of more than one pixel",
-            hint="use a method that compares answers only",
+            f"{type(model).__name__} has no layer with (N, C, H, W) maps of more than one pixel",
+            hint="use a method that compares logits only",
         )
-    return min(found, key=lambda layer: layer.size[0] * layer.size[1])
+    return min(layers, key=lambda layer: layer.size[0] * layer.size[1])
 
 
-class Both:
-    """One pass of teacher (without gradients) and student: their answers, and the features of each pair."""
+class PairedForward:
+    """One pass of teacher (without gradients) and student: their outputs, and the features of each pair."""
 
-    def __init__(self, lesson: Lesson, pairs: list[Candidate]) -> None:
+    def __init__(self, ctx: TrainingContext, pairs: list[LayerMatch]) -> None:
         self.pairs = pairs
-        self.known = Taps(teacher(lesson), *(pair.teacher.path for pair in pairs))
-        self.own = Taps(lesson.student, *(pair.student.path for pair in pairs))
-        lesson.note("layers", [{"teacher": p.teacher.path, "student": p.student.path} for p in pairs])
+        self.teacher = FeatureExtractor(get_teacher(ctx), *(pair.teacher.path for pair in pairs))
+        self.student = FeatureExtractor(ctx.student, *(pair.student.path for pair in pairs))
+        ctx.log_choice("layers", [{"teacher": p.teacher.path, "student": p.student.path} for p in pairs])
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-        """Student's answer, teacher's answer, and of each pair the teacher's and the student's feature."""
+        """Return the student's output, the teacher's output, and for each pair the teacher's and student's feature."""
         with torch.no_grad():
-            theirs, known = self.known(x)
-        answer, own = self.own(x)
-        return answer, theirs, [(known[pair.teacher.path], own[pair.student.path]) for pair in self.pairs]
+            teacher_output, teacher_features = self.teacher(x)
+        logits, features = self.student(x)
+        pairs = [(teacher_features[pair.teacher.path], features[pair.student.path]) for pair in self.pairs]
+        return logits, teacher_output, pairs
 
 
 @dataclass(frozen=True)
 class FeatureMethod(Method):
-    """A method that compares features, beside what labels and, if wanted, the teacher's answers say."""
+    """Settings of a method that compares features, beside labels and, if wanted, the teacher's outputs."""
 
-    layers: tuple[Pair, ...] = ()  # none: they are found
-    logits: float = 0.0  # weight of the teacher's softened logits; dense: of its answers
-    labels: float | None = None  # weight of the labels' loss; None: 1 - logits
+    layers: tuple[LayerPair, ...] = ()  # that are compared; none: they are chosen by map size
+    kd_weight: float = 0.0  # of the teacher's softened logits, or of its maps
+    ce_weight: float | None = None  # of the labels' loss; None: 1 - kd_weight
     temperature: float = 4.0
-    standardise: bool = False  # the logits, before they are softened
+    standardize_logits: bool = False
 
     def __post_init__(self) -> None:
-        check_weights(logits=self.logits)
+        check_weights(kd_weight=self.kd_weight)
         check_temperature(self.temperature)
-        labels_weight(self.labels, self.logits)
+        resolve_ce_weight(self.ce_weight, self.kd_weight)
 
-    def task(self, lesson: Lesson) -> Callable[[Tensor, Tensor, Tensor], Losses]:
-        """The losses of a student's answer, given the teacher's answer and the truth.
+    def output_losses(self, ctx: TrainingContext) -> Callable[[Tensor, Tensor, Tensor], Losses]:
+        """Return a function of the student's output, the teacher's output and the labels: the losses of the output.
 
-        Raises ConfigError if the teacher's answers are wanted, but it knows other classes.
+        Raises:
+            ConfigError: if kd_weight is not 0, but the teacher lacks some of the classes.
         """
-        known = [column for column in columns(lesson) if column is not None]
-        if self.logits and len(known) < lesson.classes:
+        columns = [column for column in class_columns(ctx) if column is not None]
+        if self.kd_weight and len(columns) < ctx.num_classes:
             raise ConfigError(
-                f"logits is {self.logits:g}, but the teacher knows {len(known)} of the {lesson.classes} classes",
-                hint="set logits to 0: features alone teach across tasks",
+                f"kd_weight is {self.kd_weight:g}, but the teacher knows {len(columns)} of the {ctx.num_classes} "
+                "classes",
+                hint="set kd_weight to 0: features alone teach across tasks",
             )
+        ce_weight = resolve_ce_weight(self.ce_weight, self.kd_weight)
 
-        labels = labels_weight(self.labels, self.logits)
-
-        def losses(answer: Tensor, theirs: Tensor, truth: Tensor) -> Losses:
-            task = {"task": labels * supervised(answer, truth)}
-            if not self.logits:
+        def losses(logits: Tensor, teacher: Tensor, labels: Tensor) -> Losses:
+            task = {"task": ce_weight * ctx.task.loss(logits, labels)}
+            if not self.kd_weight:
                 return task
-            copied = theirs[:, known] if lesson.knows else theirs
-            return task | {"logits": self.logits * imitation(answer, copied, self.temperature, self.standardise)}
+            target = teacher[:, columns] if ctx.class_columns else teacher
+            kd = ctx.task.distill_loss(logits, target, self.temperature, self.standardize_logits)
+            return dict(task, kd=self.kd_weight * kd)
 
         return losses

@@ -1,4 +1,4 @@
-"""Find the layers of any module where its knowledge passes through, with size, channels and receptive field."""
+"""Find layers of any module, with map size and receptive field, and those that everything passes through."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from edgekd.errors import ConfigError
-from edgekd.training.feature_hooks import Taps
+from edgekd.training.feature_hooks import FeatureExtractor
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A layer that all of a network's information passes through: its output alone decides the rest."""
+class LayerInfo:
+    """A layer with its path, map size, channels and receptive field."""
 
     path: str
     channels: int
@@ -28,69 +28,71 @@ class Layer:
 
 
 class ReceptiveFields(TorchFunctionMode):
-    """Follows every operation of a forward pass and keeps (receptive field, stride) of each tensor.
+    """Traces every operation of a forward pass: (receptive field, stride) of each tensor.
 
-    Where paths join, the larger field counts. Works on what is executed, so on any module.
+    Where paths join, the larger field counts.
     """
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, images: Tensor) -> None:
         super().__init__()
-        self.fields = {id(x): (0, 1)}
-        self.alive = [x]  # an id is only unique among tensors that live
+        self.fields = {id(images): (0, 1)}
+        self.alive = [images]  # an id is only unique among tensors that live
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        made = func(*args, **kwargs)
-        known = [self.fields[id(t)] for t in tensors([args, kwargs]) if id(t) in self.fields]
-        if known:
-            field, stride = max(f for f, _ in known), max(s for _, s in known)
-            kernel, step = window(getattr(func, "__name__", ""), args, kwargs)
-            for tensor in tensors(made):
+        result = func(*args, **kwargs)
+        inputs = [self.fields[id(t)] for t in iterate_tensors([args, kwargs]) if id(t) in self.fields]
+        if inputs:
+            field, stride = max(f for f, _ in inputs), max(s for _, s in inputs)
+            kernel, step = kernel_and_stride(getattr(func, "__name__", ""), args, kwargs)
+            for tensor in iterate_tensors(result):
                 self.fields[id(tensor)] = (field + (kernel - 1) * stride, stride * step)
                 self.alive.append(tensor)
-        return made
+        return result
 
 
-def window(name: str, args: Any, kwargs: Any) -> tuple[int, int]:
-    """Kernel extent and stride of a convolution or pooling call; (1, 1) for everything else."""
-    given = dict(zip(("input", "kernel", "bias", "stride", "padding", "dilation"), args, strict=False)) | kwargs
+def kernel_and_stride(name: str, args: Any, kwargs: Any) -> tuple[int, int]:
+    """Return kernel extent and stride of a convolution or pooling call; (1, 1) for everything else."""
+    arguments = dict(zip(("input", "kernel", "bias", "stride", "padding", "dilation"), args, strict=False)) | kwargs
     if name == "conv2d":
-        kernel = max(given.get("weight", given.get("kernel")).shape[2:])
-        return (kernel - 1) * largest(given.get("dilation", 1)) + 1, largest(given.get("stride", 1))
+        kernel = max(arguments.get("weight", arguments.get("kernel")).shape[2:])
+        return (kernel - 1) * max_extent(arguments.get("dilation", 1)) + 1, max_extent(arguments.get("stride", 1))
     if name.lstrip("_").startswith(("max_pool2d", "avg_pool2d")):
-        kernel = largest(given.get("kernel_size", given.get("kernel")))
-        return kernel, largest(given.get("stride", given.get("bias")) or kernel)  # third positional is the stride
+        kernel = max_extent(arguments.get("kernel_size", arguments.get("kernel")))
+        return kernel, max_extent(
+            arguments.get("stride", arguments.get("bias")) or kernel
+        )  # third positional is the stride
     return 1, 1
 
 
-def largest(value: Any) -> int:
+def max_extent(value: Any) -> int:
     return int(max(value)) if isinstance(value, (tuple, list)) else int(value)
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
+def iterate_tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from tensors(item)
+            yield from iterate_tensors(item)
     elif isinstance(value, dict):
-        yield from tensors(list(value.values()))
+        yield from iterate_tensors(list(value.values()))
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, x: Tensor) -> list[tuple[Layer, tuple[int, int]]]:
-    """Every layer that runs once and gives a map (N, C, H, W) of more than one pixel, in order of execution.
+def trace_layers(model: nn.Module, x: Tensor) -> list[tuple[LayerInfo, tuple[int, int]]]:
+    """Return every layer that runs once and gives a map (N, C, H, W) of more than one pixel, in order of execution.
 
     With each goes what identifies its output: two names of one tensor have the same.
     """
-    seen: list[tuple[str, Tensor, int, bool]] = []
+    records: list[tuple[str, Tensor, int, bool]] = []
     mode = ReceptiveFields(x)
 
     def watch(name: str) -> Any:
-        def see(_module: nn.Module, _args: Any, made: Any) -> None:
-            if isinstance(made, Tensor) and made.ndim == 4 and min(made.shape[2:]) > 1:
+        def see(_module: nn.Module, _args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.ndim == 4 and min(output.shape[2:]) > 1:
                 # read at once: an activation in place may follow
-                seen.append((name, made, made._version, bool((made < 0).any())))
+                records.append((name, output, output._version, bool((output < 0).any())))
 
         return see
 
@@ -101,100 +103,100 @@ def outputs(model: nn.Module, x: Tensor) -> list[tuple[Layer, tuple[int, int]]]:
     finally:
         for handle in hooks:
             handle.remove()
-    calls = Counter(name for name, *_ in seen)
+    calls = Counter(name for name, *_ in records)
     return [
-        (Layer(name, t.shape[1], (t.shape[2], t.shape[3]), mode.fields[id(t)][0], signed), (id(t), version))
-        for name, t, version, signed in seen
+        (LayerInfo(name, t.shape[1], (t.shape[2], t.shape[3]), mode.fields[id(t)][0], signed), (id(t), version))
+        for name, t, version, signed in records
         if calls[name] == 1 and id(t) in mode.fields
     ]
 
 
-def look(model: nn.Module, path: str, x: Tensor, role: str) -> Layer:
-    """One layer by name. Raises ConfigError if there is none, or if its output is not a map that is made once.
+def find_layer(model: nn.Module, path: str, x: Tensor, role: str) -> LayerInfo:
+    """Return a layer by name. Raise ConfigError if there is none, or if it has no map or runs more than once.
 
-    `role` is what the model is called there: teacher or student, which may be of one class.
+    `role` is teacher or student, for the message.
     """
-    Taps(model, path, role=role)
-    found = next((layer for layer, _ in outputs(model, x) if layer.path == path), None)
-    if found is None:
+    FeatureExtractor(model, path, role=role)
+    layer = next((layer for layer, _ in trace_layers(model, x) if layer.path == path), None)
+    if layer is None:
         raise ConfigError(
             f"layer `{path}` of the {role} gives no (N, C, H, W) map, or runs more than once in a pass",
             hint="name a convolution, a normalisation or a block",
         )
-    return found
+    return layer
 
 
-def layers(model: nn.Module, x: Tensor) -> list[Layer]:
-    """The layers of `model`, in order of execution, that cut it into a front and a rear part.
+def cut_layers(model: nn.Module, x: Tensor) -> list[LayerInfo]:
+    """Return the layers of `model`, in order of execution, that cut it into a front and a rear part.
 
     `x` is a batch of two images or more, (N, C, H, W); the model is in eval mode. Of layers that differ only by a
     normalisation or an activation, the last one with a signed output stands for all.
     """
-    kept = all_cuts(model, unique(outputs(model, x)), x)
-    groups = groupby(kept, key=lambda layer: (layer.receptive, layer.size, layer.channels))
+    cuts = filter_cuts(model, drop_aliases(trace_layers(model, x)), x)
+    groups = groupby(cuts, key=lambda layer: (layer.receptive, layer.size, layer.channels))
     return [([m for m in members if m.signed] or members)[-1] for members in (list(g) for _, g in groups)]
 
 
-def unique(found: list[tuple[Layer, tuple[int, int]]]) -> list[Layer]:
-    """Without the second name of one tensor: a block and its last layer return the same; the shorter path stays."""
+def drop_aliases(traced: list[tuple[LayerInfo, tuple[int, int]]]) -> list[LayerInfo]:
+    """Drop second names of one tensor, keeping the shorter path: a block and its last layer return the same."""
     shortest: dict[tuple[int, int], str] = {}
-    for layer, tensor in found:
+    for layer, tensor in traced:
         shortest[tensor] = min(shortest.get(tensor, layer.path), layer.path, key=len)
-    return [layer for layer, tensor in found if shortest[tensor] == layer.path]
+    return [layer for layer, tensor in traced if shortest[tensor] == layer.path]
 
 
 @torch.no_grad()
-def cuts(model: nn.Module, path: str, x: Tensor) -> bool:
-    """Whether everything passes through a layer: its output fixed, another input must change nothing."""
-    taps = Taps(model, path)
-    want, seen = taps(x)
-    got, _ = taps(x.flip(0), {path: seen[path]})
-    return torch.equal(want, got)
+def is_cut(model: nn.Module, path: str, x: Tensor) -> bool:
+    """Return whether everything passes through a layer: its output fixed, another input must change nothing."""
+    extractor = FeatureExtractor(model, path)
+    expected, features = extractor(x)
+    actual, _ = extractor(x.flip(0), {path: features[path]})
+    return torch.equal(expected, actual)
 
 
-class Reached(BaseException):
-    """A pass came to the layer where it was to end; whether that made what it makes of the first input."""
+class EndReached(BaseException):
+    """A pass reached the layer where it ends; `same` is whether its output is the expected one."""
 
     def __init__(self, same: bool) -> None:
         self.same = same
 
 
 @torch.no_grad()
-def all_cuts(model: nn.Module, found: list[Layer], x: Tensor) -> list[Layer]:
-    """Those of `found`, in order of execution, that everything passes through, as `cuts` says of one.
+def filter_cuts(model: nn.Module, layers: list[LayerInfo], x: Tensor) -> list[LayerInfo]:
+    """Return those of `layers`, in order of execution, that everything passes through, as `is_cut` says of one.
 
     From the last to the first: what reaches the next cut unchanged reaches the output unchanged, so a pass ends there.
     """
-    seen: dict[str, Tensor] = {}
+    features: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda _module, _args, made: seen.update({name: made.clone()})
+        return lambda _module, _args, output: features.update({name: output.clone()})
 
-    hooks = [model.get_submodule(layer.path).register_forward_hook(keep(layer.path)) for layer in found]
+    hooks = [model.get_submodule(layer.path).register_forward_hook(keep(layer.path)) for layer in layers]
     try:
-        want = model(x)
+        expected = model(x)
     finally:
         for hook in hooks:
             hook.remove()
-    kept: list[Layer] = []
-    for layer in reversed(found):
-        fixed = {layer.path: seen[layer.path]}
-        following = kept[-1].path if kept else None
-        if unchanged(model, fixed, x.flip(0), following, seen[following] if following else want):
-            kept.append(layer)
-    return kept[::-1]
+    cuts: list[LayerInfo] = []
+    for layer in reversed(layers):
+        fixed = {layer.path: features[layer.path]}
+        following = cuts[-1].path if cuts else None
+        if is_unchanged(model, fixed, x.flip(0), following, features[following] if following else expected):
+            cuts.append(layer)
+    return cuts[::-1]
 
 
-def unchanged(model: nn.Module, fixed: dict[str, Tensor], x: Tensor, end: str | None, want: Tensor) -> bool:
-    """Whether the layer `end`, or the model, makes `want` of `x` where layers give what is in `fixed`."""
+def is_unchanged(model: nn.Module, fixed: dict[str, Tensor], x: Tensor, end: str | None, expected: Tensor) -> bool:
+    """Return whether the layer `end`, or the model, makes `want` of `x` where layers give what is in `fixed`."""
 
-    def stop(_module: nn.Module, _args: Any, made: Tensor) -> None:
-        raise Reached(torch.equal(made, want))
+    def stop(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        raise EndReached(torch.equal(output, expected))
 
     handle = model.get_submodule(end).register_forward_hook(stop) if end else None
     try:
-        return torch.equal(Taps(model, *fixed)(x, fixed)[0], want)
-    except Reached as reached:
+        return torch.equal(FeatureExtractor(model, *fixed)(x, fixed)[0], expected)
+    except EndReached as reached:
         return reached.same
     finally:
         if handle:
@@ -202,13 +204,13 @@ def unchanged(model: nn.Module, fixed: dict[str, Tensor], x: Tensor, end: str | 
 
 
 @torch.no_grad()
-def homes(model: nn.Module, order: list[str], x: Tensor) -> dict[str, int]:
-    """The number of the block in which each module starts, when blocks end behind the layers in `order`."""
-    home: dict[str, int] = {}
+def block_of_modules(model: nn.Module, order: list[str], x: Tensor) -> dict[str, int]:
+    """Return the number of the block in which each module starts, when blocks end behind the layers in `order`."""
+    block_of: dict[str, int] = {}
     passed: list[str] = []
 
     def start(name: str) -> Callable[..., None]:
-        return lambda *_: None if home.setdefault(name, len(passed)) else None
+        return lambda *_: None if block_of.setdefault(name, len(passed)) else None
 
     hooks = [module.register_forward_pre_hook(start(name)) for name, module in model.named_modules()]
     hooks += [model.get_submodule(path).register_forward_hook(lambda *_: passed.append("")) for path in order]
@@ -217,4 +219,4 @@ def homes(model: nn.Module, order: list[str], x: Tensor) -> dict[str, int]:
     finally:
         for handle in hooks:
             handle.remove()
-    return home
+    return block_of

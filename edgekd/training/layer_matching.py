@@ -1,4 +1,4 @@
-"""Pairs of a teacher's and a student's layer between which knowledge can be projected."""
+"""Match layers of the teacher with layers of the student."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from edgekd.errors import ConfigError
-from edgekd.training.layer_discovery import Layer, cuts, layers, look
+from edgekd.training.layer_discovery import LayerInfo, cut_layers, find_layer, is_cut
 
-SHOWN = 3  # pairs that an error tells of
+SHOWN = 3  # pairs in an error message
 
 
 @dataclass(frozen=True)
-class Candidate:
-    teacher: Layer
-    student: Layer
+class LayerMatch:
+    """A layer of the teacher and one of the student."""
+
+    teacher: LayerInfo
+    student: LayerInfo
 
     @property
     def mismatch(self) -> float:
-        """By how much the receptive fields differ, as a share of the teacher's (KPN, section 3.4: at most beta)."""
+        """The difference of the receptive fields, relative to the teacher's (KPN, section 3.4: at most beta)."""
         return abs(self.student.receptive - self.teacher.receptive) / max(self.teacher.receptive, 1)
 
     @property
@@ -28,60 +30,65 @@ class Candidate:
         return f"{self.teacher.path}>{self.student.path}"
 
 
-def candidates(teacher: nn.Module, student: nn.Module, x: Tensor, tolerance: float) -> list[Candidate]:
-    """For each student layer the teacher layer of equal size with the nearest receptive field; deep ones first.
+def match_layers(teacher: nn.Module, student: nn.Module, x: Tensor, tolerance: float) -> list[LayerMatch]:
+    """Return for each student layer the teacher layer of equal size with the nearest receptive field, deep ones first.
 
-    Raises ConfigError if no two layers have equal size and receptive fields within `tolerance`.
+    Raises:
+        ConfigError: if no two layers have equal size and receptive fields within `tolerance`.
     """
-    wide, thin = layers(teacher, x), layers(student, x)
+    teacher_layers, student_layers = cut_layers(teacher, x), cut_layers(student, x)
     nearest = []
-    for own in reversed(thin):
-        fitting = [Candidate(theirs, own) for theirs in wide if theirs.size == own.size]
+    for layer in reversed(student_layers):
+        fitting = [LayerMatch(candidate, layer) for candidate in teacher_layers if candidate.size == layer.size]
         nearest += sorted(fitting, key=lambda c: c.mismatch)[:1]
-    found = [near for near in nearest if near.mismatch <= tolerance]
-    if nearest and not found:
-        raise far(nearest, tolerance)
-    if not found:
-        sizes = [sorted({"{}x{}".format(*layer.size) for layer in side}) for side in (wide, thin)]
+    matches = [match for match in nearest if match.mismatch <= tolerance]
+    if nearest and not matches:
+        raise receptive_field_error(nearest, tolerance)
+    if not matches:
+        sizes = [sorted({"{}x{}".format(*layer.size) for layer in side}) for side in (teacher_layers, student_layers)]
         raise ConfigError(
             "no layer of the student has the size of one of the teacher's "
             f"(teacher: {', '.join(sizes[0])}; student: {', '.join(sizes[1])})",
-            hint="choose a student that shrinks maps alike",
+            hint="choose a student with the same map sizes",
         )
-    return found
+    return matches
 
 
-def far(nearest: list[Candidate], tolerance: float) -> ConfigError:
-    """No pair of equal size is near enough: the nearest ones with what they see, and the tolerance that lets one in."""
+def receptive_field_error(nearest: list[LayerMatch], tolerance: float) -> ConfigError:
+    """Return the error for pairs that are beyond the tolerance, with the tolerance that would accept the nearest."""
     closest = sorted(nearest, key=lambda c: c.mismatch)[:SHOWN]
-    told = [f"{c.teacher.path} {c.teacher.receptive}, {c.student.path} {c.student.receptive}" for c in closest]
+    shown = [f"{c.teacher.path} {c.teacher.receptive}, {c.student.path} {c.student.receptive}" for c in closest]
     return ConfigError(
-        f"the receptive fields of all layers of equal size differ by more than the share of {tolerance:g} "
-        f"(teacher's, student's, in pixels: {'; '.join(told)})",
+        f"the receptive fields of all layers of equal size differ by more than {tolerance:g} "
+        f"(teacher's, student's, in pixels: {'; '.join(shown)})",
         hint=f"set receptive_tolerance to {math.ceil(100 * closest[0].mismatch) / 100:g} or more, or name `routes`",
     )
 
 
-def named(teacher: nn.Module, student: nn.Module, theirs: str, own: str, x: Tensor) -> Candidate:
-    """A route that the user named by the paths of its layers. Raises ConfigError if they do not exist or do not fit."""
-    found = Candidate(look(teacher, theirs, x, "teacher"), look(student, own, x, "student"))
-    if found.teacher.size != found.student.size:
-        sizes = "{}x{} and {}x{}".format(*found.teacher.size, *found.student.size)
+def match_named_layers(
+    teacher: nn.Module, student: nn.Module, teacher_path: str, student_path: str, x: Tensor
+) -> LayerMatch:
+    """Return a route by the paths of its layers. Raise ConfigError if they do not exist or do not fit."""
+    match = LayerMatch(find_layer(teacher, teacher_path, x, "teacher"), find_layer(student, student_path, x, "student"))
+    if match.teacher.size != match.student.size:
+        sizes = "{}x{} and {}x{}".format(*match.teacher.size, *match.student.size)
         raise ConfigError(
-            f"the layers of route {theirs} > {own} have sizes {sizes}",
+            f"the layers of route {teacher_path} > {student_path} have sizes {sizes}",
             hint="knowledge is projected over channels only; choose layers of equal height and width",
         )
-    if not cuts(student, own, x):
+    if not is_cut(student, student_path, x):
         raise ConfigError(
-            f"the student has paths around layer `{own}`, so injecting there would not replace its front",
+            f"the student has paths around layer `{student_path}`, so injecting there would not replace its front",
             hint="choose a layer that everything passes through, such as the end of a block",
         )
-    return found
+    return match
 
 
-def check_partners(chosen: list[Candidate], keep: int) -> None:
-    """Raises ConfigError where routes that may be taught together end in one layer: only one feature can go there."""
-    layers = [route.student.path for route in chosen]
-    twice = next((path for path in layers if layers.count(path) > 1), None)
-    if keep > 1 and twice:
-        raise ConfigError(f"two routes end in `{twice}` of the student", hint="set keep to 1, or name other layers")
+def check_distinct_ends(routes: list[LayerMatch], num_routes: int) -> None:
+    """Raise ConfigError if routes that are trained together end in one layer: only one feature can be injected."""
+    layers = [route.student.path for route in routes]
+    repeated = next((path for path in layers if layers.count(path) > 1), None)
+    if num_routes > 1 and repeated:
+        raise ConfigError(
+            f"two routes end in `{repeated}` of the student", hint="set num_routes to 1, or name other layers"
+        )

@@ -12,18 +12,18 @@ from edgekd.errors import ConfigError
 
 
 @torch.no_grad()
-def macs(module: nn.Module, x: Tensor) -> int:
-    """Of convolutions and linear layers, for all of the batch `x`; what has no weights of its own counts nothing.
+def count_macs(module: nn.Module, x: Tensor) -> int:
+    """Count the MACs of convolutions and linear layers for the batch `x`; other operations count nothing.
 
     A layer counts as often as it runs. Raises ConfigError if the module has none of these layers.
     """
     counts: list[int] = []
 
-    def count(layer: nn.Module, args: tuple[Any, ...], made: Tensor) -> None:
+    def count(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        # each value that is made takes one row of the weights; of a transposed convolution each value that is read
-        values = args[0] if isinstance(layer, _ConvTransposeNd) else made
+        # each output value takes one row of the weights; in a transposed convolution each input value
+        values = args[0] if isinstance(layer, _ConvTransposeNd) else output
         counts.append(values.numel() * weight[0].numel())
 
     hooks = [m.register_forward_hook(count) for m in module.modules() if isinstance(m, (_ConvNd, nn.Linear))]
@@ -35,6 +35,6 @@ def macs(module: nn.Module, x: Tensor) -> int:
     if not counts:
         raise ConfigError(
             f"{type(module).__name__} runs no convolution and no linear layer, so its MACs cannot be counted",
-            hint="give a network that is made of torch's own layers",
+            hint="use a network of torch's layers",
         )
     return sum(counts)

@@ -1,4 +1,4 @@
-"""Sub-networks of several depths inside of one network: the same weights, fewer of each stage's repeated blocks."""
+"""Sub-networks of several depths in one network: the same weights, fewer of the repeated blocks of each stage."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from edgekd.errors import ConfigError
 from edgekd.training.architecture_diff import CHAINS
-from edgekd.training.batchnorm import norms
-from edgekd.utils.external import foreign
+from edgekd.training.batchnorm import list_batchnorms
+from edgekd.utils.external import external_code
 
-Depth: TypeAlias = tuple[int, ...]  # blocks that are left of each stage
+StageDepths: TypeAlias = tuple[int, ...]  # remaining blocks of each stage
 
 
 @dataclass(frozen=True)
-class Stage:
+class SkippableStage:
     """An nn.Sequential, or an nn.ModuleList run in a loop, that ends in blocks which can be skipped."""
 
     path: str
@@ -27,43 +27,43 @@ class Stage:
     least: int  # the first blocks, which must stay
 
     def end(self, network: nn.Module) -> str:
-        """The path of the last block that `network` has of this stage."""
+        """Return the path of the last block that `network` has of this stage."""
         names = [name for name, _ in network.get_submodule(self.path).named_children()]
         return f"{self.path}.{names[-1]}".lstrip(".")
 
 
-def stages(network: nn.Module, x: Tensor) -> list[Stage]:
-    """The stages of a network that is in eval mode; `x` is a batch for it.
+def find_stages(network: nn.Module, x: Tensor) -> list[SkippableStage]:
+    """Return the stages of a network that is in eval mode; `x` is a batch for it.
 
     A stage inside of another one's blocks is a part of them. At least one block of each stage stays.
     """
-    calls = runs(network, x)
-    found: list[Stage] = []
+    calls = record_calls(network, x)
+    stages: list[SkippableStage] = []
     inner: set[nn.Module] = set()
     for path, module in network.named_modules():
         if not isinstance(module, CHAINS) or module in inner:
             continue
         least = len(module)
-        while least > 1 and skippable(module, least - 1, calls):
+        while least > 1 and is_skippable(module, least - 1, calls):
             least -= 1
-        while least < len(module) and not removable(network, path, least, x[:1]):
+        while least < len(module) and not is_removable(network, path, least, x[:1]):
             least += 1
         if least < len(module):
-            found.append(Stage(path, len(module), least))
+            stages.append(SkippableStage(path, len(module), least))
             inner.update(module.modules())
-    return found
+    return stages
 
 
 @torch.no_grad()
-def runs(network: nn.Module, x: Tensor) -> dict[nn.Module, tuple[Tensor, Any]]:
-    """What enters and leaves each module that takes one map (N, C, H, W) and nothing else, once."""
-    seen: dict[nn.Module, tuple[Tensor, Any]] = {}
+def record_calls(network: nn.Module, x: Tensor) -> dict[nn.Module, tuple[Tensor, Any]]:
+    """Return input and output of each module that runs once, on one map (N, C, H, W) and nothing else."""
+    calls: dict[nn.Module, tuple[Tensor, Any]] = {}
     ran: set[nn.Module] = set()
 
-    def see(module: nn.Module, args: Any, kwargs: Any, made: Any) -> None:
-        seen.pop(module, None)
+    def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        calls.pop(module, None)
         if module not in ran and len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].ndim == 4:
-            seen[module] = args[0], made
+            calls[module] = args[0], output
         ran.add(module)
 
     hooks = [module.register_forward_hook(see, with_kwargs=True) for module in network.modules()]
@@ -72,18 +72,20 @@ def runs(network: nn.Module, x: Tensor) -> dict[nn.Module, tuple[Tensor, Any]]:
     finally:
         for handle in hooks:
             handle.remove()
-    return seen
+    return calls
 
 
 @torch.no_grad()
-def skippable(stage: nn.Sequential | nn.ModuleList, number: int, calls: Mapping[nn.Module, tuple[Tensor, Any]]) -> bool:
-    """Whether a child of `stage` is a residual block, one of several of its class, that keeps the shape of its map.
+def is_skippable(
+    stage: nn.Sequential | nn.ModuleList, number: int, calls: Mapping[nn.Module, tuple[Tensor, Any]]
+) -> bool:
+    """Return whether a child of `stage` is a residual block, one of several of its class, that keeps its map's shape.
 
-    The map is what the child before it made, as it is. Residual is what passes its input on when all its weights are
+    Its input is the output of the child before it. Residual is what passes its input on when all its weights are
     zero; that is seen by running it, not in its code.
     """
     before, block = stage[number - 1], stage[number]
-    repeated = sum(type(other) is type(block) for other in stage) > 1
+    repeated = sum(type(shifted) is type(block) for shifted in stage) > 1
     composite = any(True for _ in block.children()) and not isinstance(block, CHAINS)
     chained = before in calls and block in calls and calls[before][1] is calls[block][0]
     if not (repeated and composite and chained):
@@ -91,83 +93,83 @@ def skippable(stage: nn.Sequential | nn.ModuleList, number: int, calls: Mapping[
     x, silent = calls[block][0], copy.deepcopy(block)
     for weight in silent.parameters():
         weight.zero_()
-    made, other = silent(x), silent(x + 1)
-    return isinstance(made, Tensor) and made.shape == x.shape and not torch.equal(made, other)
+    output, shifted = silent(x), silent(x + 1)
+    return isinstance(output, Tensor) and output.shape == x.shape and not torch.equal(output, shifted)
 
 
 @torch.no_grad()
-def removable(network: nn.Module, path: str, left: int, x: Tensor) -> bool:
-    """Whether a network without the children of `path` behind the first `left` answers as if they passed their map on.
+def is_removable(network: nn.Module, path: str, left: int, x: Tensor) -> bool:
+    """Return whether a network without the children of `path` after the first `left` equals one with identities there.
 
     Not so where its code counts on their number, or reads what a certain one makes.
     """
-    passed = cut(network, {}, share(network))
+    passed = shorten_stages(network, {}, share_tensors(network))
     stage = passed.get_submodule(path)
     assert isinstance(stage, CHAINS)
     for number in range(left, len(stage)):
         stage[number] = nn.Identity()
     try:
-        with foreign("the network does not run without its last blocks", "keep them"):
-            want, got = passed(x), cut(network, {path: left}, share(network))(x)
+        with external_code("the network does not run without its last blocks", "keep them"):
+            expected, actual = passed(x), shorten_stages(network, {path: left}, share_tensors(network))(x)
     except ConfigError:
         return False
-    return isinstance(got, Tensor) and isinstance(want, Tensor) and torch.equal(got, want)
+    return isinstance(actual, Tensor) and isinstance(expected, Tensor) and torch.equal(actual, expected)
 
 
-def share(network: nn.Module) -> dict[int, Any]:
-    """A memo for deepcopy, which takes what is in it as it is: all tensors of `network`."""
+def share_tensors(network: nn.Module) -> dict[int, Any]:
+    """Return a memo for deepcopy, which takes what is in it as it is: all tensors of `network`."""
     return {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
 
 
-def cut(network: nn.Module, lengths: Mapping[str, int], memo: dict[int, Any]) -> nn.Module:
-    """A copy with only the first children of some stages, by path."""
-    made = copy.deepcopy(network, memo)
+def shorten_stages(network: nn.Module, lengths: Mapping[str, int], memo: dict[int, Any]) -> nn.Module:
+    """Return a copy with only the first children of some stages, by path."""
+    shortened = copy.deepcopy(network, memo)
     for path, length in lengths.items():
-        stage = made.get_submodule(path)
+        stage = shortened.get_submodule(path)
         assert isinstance(stage, CHAINS)
         del stage[length:]
-    return made
+    return shortened
 
 
-def spread(found: list[Stage], count: int) -> list[Depth]:
-    """Up to `count` depths below the full one: the shallowest, and others at even distances in every stage."""
-    steps = [tuple(s.least + (s.blocks - s.least) * step // count for s in found) for step in range(count)]
+def spread_depths(stages: list[SkippableStage], count: int) -> list[StageDepths]:
+    """Return up to `count` depths below the full one: the shallowest, and others at even distances."""
+    steps = [tuple(s.least + (s.blocks - s.least) * step // count for s in stages) for step in range(count)]
     return list(dict.fromkeys(steps))
 
 
 @dataclass(frozen=True, eq=False)
 class SubNet:
-    """A part of a network, as a module of its own that holds the very weights of the whole."""
+    """A shallower network that shares its weights with the whole."""
 
-    depth: Depth
+    depth: StageDepths
     module: nn.Module
-    own: nn.Module  # holds those tensors that it does not share, to be trained and saved with the whole
+    unshared: nn.Module  # the tensors that it does not share, to be trained and saved with the whole
 
     @property
     def name(self) -> str:
         return "depth-" + "-".join(map(str, self.depth))
 
     def alone(self) -> nn.Module:
-        """A copy that shares nothing."""
+        """Return a copy that shares nothing."""
         return copy.deepcopy(self.module)
 
 
-def subnet(whole: nn.Module, found: list[Stage], depth: Depth, private: bool) -> SubNet:
+def build_subnet(whole: nn.Module, stages: list[SkippableStage], depth: StageDepths, private: bool) -> SubNet:
     """`whole` with only the first blocks of each stage.
 
-    It keeps its own statistics of every BatchNorm. With `private`, the scales and shifts are its own, too.
+    The statistics of its BatchNorms are not shared; with `private`, neither are their scales and shifts.
     """
-    shared = share(whole)
-    for norm in norms(whole):
+    shared = share_tensors(whole)
+    for norm in list_batchnorms(whole):
         for tensor in (*norm.buffers(), *(norm.parameters() if private else ())):
             del shared[id(tensor)]
     common = set(shared)
-    module = cut(whole, {stage.path: blocks for stage, blocks in zip(found, depth, strict=True)}, shared)
-    own = nn.Module()
+    module = shorten_stages(whole, {stage.path: blocks for stage, blocks in zip(stages, depth, strict=True)}, shared)
+    unshared = nn.Module()
     for name, weight in module.named_parameters():
         if id(weight) not in common:
-            own.register_parameter(name.replace(".", "-"), weight)
+            unshared.register_parameter(name.replace(".", "-"), weight)
     for name, buffer in module.named_buffers():
         if id(buffer) not in common:
-            own.register_buffer(name.replace(".", "-"), buffer)
-    return SubNet(depth, module, own)
+            unshared.register_buffer(name.replace(".", "-"), buffer)
+    return SubNet(depth, module, unshared)

@@ -1,4 +1,4 @@
-"""Run one phase. The only place that knows of devices, mixed precision, optimisers and schedules."""
+"""Train one phase. The only module that knows of devices, mixed precision, optimisers and schedules."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from edgekd.core.artifact import EpochRecord
-from edgekd.core.method import Batch, Lesson, Losses, Outcome, Phase
+from edgekd.core.method import Batch, Losses, Phase, PhaseResult, TrainingContext
 from edgekd.core.settings import Settings
 from edgekd.errors import ConfigError, TrainingError
-from edgekd.training.dataloader import Feed
+from edgekd.training.convolutions import sound_convolutions
+from edgekd.training.dataloader import ArrayLoader
 from edgekd.utils.progress import Advance
 
 Precision = Literal["auto", "fp32", "bf16"]
-NEAR = 1.25  # Eigen et al., 2014, arXiv 1406.2283
 CALMER = "lower train.lr, or set train.precision to fp32; finished steps are kept"
 STEEP = "a root or logarithm of 0 is steep without end: add a little to what it is taken of; or " + CALMER
 
@@ -36,7 +36,7 @@ class TrainConfig(Settings):
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    warmup: float = 0.05  # share of the budget
+    warmup_fraction: float = 0.05  # share of the budget
     precision: Precision = "auto"  # auto: bf16 autocast where the processor has it
 
     def __post_init__(self) -> None:
@@ -45,21 +45,21 @@ class TrainConfig(Settings):
             "lr": (self.lr <= 0, "use a number above 0"),
             "momentum": (not 0 < self.momentum < 1, "use a number between 0 and 1; 0.9 is usual"),
             "weight_decay": (self.weight_decay < 0, "use 0 or more"),
-            "warmup": (not 0 <= self.warmup < 1, "use a share of the budget from 0 to below 1"),
+            "warmup": (not 0 <= self.warmup_fraction < 1, "use a share of the budget from 0 to below 1"),
         }
         for name, (bad, hint) in wrong.items():
             if bad:
                 raise ConfigError(f"{name} is {getattr(self, name)}", hint=hint)
 
-    def rate(self, done: float) -> float:
-        """The learning rate when `done` (0 to 1) of the budget is spent."""
-        if done < self.warmup:
-            return self.lr * done / self.warmup
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (done - self.warmup) / (1 - self.warmup)))
+    def lr_at(self, done: float) -> float:
+        """Return the learning rate when `done` (0 to 1) of the budget is spent."""
+        if done < self.warmup_fraction:
+            return self.lr * done / self.warmup_fraction
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (done - self.warmup_fraction) / (1 - self.warmup_fraction)))
 
 
-def resolved(precision: Precision) -> Precision:
-    """What `auto` means on this machine."""
+def resolve_precision(precision: Precision) -> Precision:
+    """Return the precision that `auto` means on this machine."""
     if precision != "auto":
         return precision
     fast = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
@@ -67,20 +67,22 @@ def resolved(precision: Precision) -> Precision:
 
 
 class Trainer:
-    def __init__(self, train: Feed, valid: Feed, config: TrainConfig, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, train: ArrayLoader, valid: ArrayLoader, config: TrainConfig, seed: int, device: torch.device
+    ) -> None:
         self.train, self.valid, self.config, self.seed, self.device = train, valid, config, seed, device
-        self.precision = resolved(config.precision)
+        self.precision = resolve_precision(config.precision)
 
     def run(
-        self, phase: Phase, lesson: Lesson, number: int, checkpoint: Path, advance: Advance
-    ) -> tuple[Outcome, tuple[EpochRecord, ...]]:
+        self, phase: Phase, ctx: TrainingContext, number: int, checkpoint: Path, advance: Advance
+    ) -> tuple[PhaseResult, tuple[EpochRecord, ...]]:
         """Train phase `number` of a script; go on from `checkpoint` if an earlier run left one."""
-        freeze(lesson)
+        freeze(ctx)
         for module in phase.trains:
-            arrange(module, self.device)
+            to_device(module, self.device)
             module.requires_grad_(True)
         optimiser = self.optimiser(phase)
-        curve = restore(checkpoint, phase, optimiser)
+        curve = restore_epoch(checkpoint, phase, optimiser)
         advance(len(curve))
         for epoch in range(len(curve), phase.epochs):
             started = time.perf_counter()
@@ -88,9 +90,9 @@ class Trainer:
                 module.train()
             losses = self.epoch(phase, epoch, optimiser, self.reseed(number, epoch))
             curve.append(EpochRecord(phase.name, epoch, losses, round(time.perf_counter() - started, 3)))
-            save(checkpoint, phase, optimiser, curve)
+            save_epoch(checkpoint, phase, optimiser, curve)
             advance(1, note=f"{phase.name}, loss {sum(losses.values()):.3f}")
-        return self.outcome(phase, lesson), tuple(curve)
+        return self.validate(phase, ctx), tuple(curve)
 
     def reseed(self, number: int, epoch: int = -1) -> int:
         """Make an epoch independent of what was drawn before it, so that a resumed run is the same run."""
@@ -101,47 +103,52 @@ class Trainer:
     def optimiser(self, phase: Phase) -> torch.optim.Optimizer:
         c = self.config
         groups = [
-            {"params": list(m.parameters()), "weight_decay": phase.decay.get(m, c.weight_decay)} for m in phase.trains
+            {"params": list(m.parameters()), "weight_decay": phase.weight_decay.get(m, c.weight_decay)}
+            for m in phase.trains
         ]
         return torch.optim.SGD([g for g in groups if g["params"]], c.lr, c.momentum, nesterov=True)
 
     def epoch(self, phase: Phase, epoch: int, optimiser: torch.optim.Optimizer, seed: int) -> dict[str, float]:
         steps = self.train.steps(self.config.batch, phase.samples)
         sums: defaultdict[str, float] = defaultdict(float)
-        start, end = phase.span
+        start, end = phase.lr_span
+        convolutions = sound_convolutions(phase.trains)
         for step, (x, y, index) in enumerate(self.train.shuffled(self.config.batch, seed, phase.samples)):
             progress = (epoch + step / steps) / phase.epochs
             for group in optimiser.param_groups:
-                group["lr"] = self.config.rate(start + (end - start) * progress)
+                group["lr"] = self.config.lr_at(start + (end - start) * progress)
             batch, drawn = Batch(x, y, index, progress), torch.get_rng_state()
-            losses = self.losses(phase, batch)
+            with convolutions:
+                losses = self.losses(phase, batch)
             total = torch.stack([value.float() for value in losses.values()]).sum()
             when = f"phase `{phase.name}`, epoch {epoch + 1}, step {step + 1}"
             if not math.isfinite(total.item()):
-                wrong = [name for name, value in losses.items() if not math.isfinite(value.item())]
-                raise diverged(wrong, losses, when, gradient=False)
+                nonfinite = [name for name, value in losses.items() if not math.isfinite(value.item())]
+                raise divergence_error(nonfinite, losses, when, gradient=False)
             optimiser.zero_grad(set_to_none=True)
-            total.backward()  # type: ignore[no-untyped-call]
-            if not finite(p.grad for p in parameters(optimiser)):
+            with convolutions:
+                total.backward()  # type: ignore[no-untyped-call]
+            if not all_finite(p.grad for p in optimised_parameters(optimiser)):
                 torch.set_rng_state(drawn)
-                raise diverged(self.steep(phase, batch, optimiser), losses, when, gradient=True)
+                raise divergence_error(self.nonfinite_losses(phase, batch, optimiser), losses, when, gradient=True)
             optimiser.step()
             for name, value in losses.items():
                 sums[name] += value.item()
         return {name: value / steps for name, value in sums.items()}
 
-    def steep(self, phase: Phase, batch: Batch, optimiser: torch.optim.Optimizer) -> list[str]:
-        """The losses of a step whose own gradients are not finite.
+    def nonfinite_losses(self, phase: Phase, batch: Batch, optimiser: torch.optim.Optimizer) -> list[str]:
+        """Return the losses of a step whose own gradients are not finite.
 
         They are computed again: to keep what they were differentiated by would cost every step memory and time.
         """
-        trained = [p for p in parameters(optimiser) if p.requires_grad]
-        losses = {name: value for name, value in self.losses(phase, batch).items() if value.requires_grad}
-        return [
-            name
-            for name, value in losses.items()
-            if not finite(torch.autograd.grad(value, trained, retain_graph=True, allow_unused=True))
-        ]
+        trained = [p for p in optimised_parameters(optimiser) if p.requires_grad]
+        with sound_convolutions(phase.trains):
+            losses = {name: value for name, value in self.losses(phase, batch).items() if value.requires_grad}
+            return [
+                name
+                for name, value in losses.items()
+                if not all_finite(torch.autograd.grad(value, trained, retain_graph=True, allow_unused=True))
+            ]
 
     def losses(self, phase: Phase, batch: Batch) -> Losses:
         with self.autocast():
@@ -151,89 +158,81 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     @torch.no_grad()
-    def outcome(self, phase: Phase, lesson: Lesson) -> Outcome:
+    def validate(self, phase: Phase, ctx: TrainingContext) -> PhaseResult:
         for module in phase.trains:
             module.eval()
         sums: defaultdict[str, float] = defaultdict(float)
         for x, y, index in self.valid.ordered(self.config.batch):
             for name, value in self.losses(phase, Batch(x, y, index, 1.0)).items():
                 sums[name] += value.item() * len(y) / len(self.valid)
-        bad = [name for name, value in sums.items() if not math.isfinite(value)]
-        if bad:
+        nonfinite = [name for name, value in sums.items() if not math.isfinite(value)]
+        if nonfinite:
             raise TrainingError(
-                f"the loss on validation data is not finite after phase `{phase.name}` ({', '.join(bad)})", hint=CALMER
+                f"the loss on validation data is not finite after phase `{phase.name}` ({', '.join(nonfinite)})",
+                hint=CALMER,
             )
-        taught = any(module is lesson.student for module in phase.trains)
-        return Outcome(dict(sums), self.accuracy(lesson.student) if taught else None)
+        trains_student = any(module is ctx.student for module in phase.trains)
+        return PhaseResult(dict(sums), self.accuracy(ctx.student) if trains_student else None)
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module) -> float:
-        """Share of validation data that `model` gets right: of images, or of the known pixels of a dense task."""
+        """Share of validation data that `model` gets right: of images, or as the task counts."""
         model.eval()
-        shares = []
+        fractions = []
         for x, y, _ in self.valid.ordered(self.config.batch):
             with self.autocast():
-                shares.append(right(model(x).float(), y) * len(y))
-        return sum(shares) / len(self.valid)
+                fractions.append(self.valid.task.accuracy(model(x).float(), y) * len(y))
+        return sum(fractions) / len(self.valid)
 
-    def sample(self, count: int) -> Iterator[Batch]:
+    def first_batches(self, count: int) -> Iterator[Batch]:
         for _, (x, y, index) in zip(range(count), self.train.ordered(self.config.batch), strict=False):
             yield Batch(x, y, index, 0.0)
 
 
-def parameters(optimiser: torch.optim.Optimizer) -> Iterator[Tensor]:
+def optimised_parameters(optimiser: torch.optim.Optimizer) -> Iterator[Tensor]:
     return (parameter for group in optimiser.param_groups for parameter in group["params"])
 
 
-def finite(gradients: Iterable[Tensor | None]) -> bool:
-    """Whether all their numbers are. The norm tells it cheaply; it overflows where they are merely huge."""
-    known = [gradient for gradient in gradients if gradient is not None]
-    return math.isfinite(get_total_norm(known).item()) or all(bool(g.isfinite().all()) for g in known)
+def all_finite(gradients: Iterable[Tensor | None]) -> bool:
+    """Return whether all their numbers are. The norm tells it cheaply; it overflows where they are merely huge."""
+    present = [gradient for gradient in gradients if gradient is not None]
+    return math.isfinite(get_total_norm(present).item()) or all(bool(g.isfinite().all()) for g in present)
 
 
-def diverged(names: list[str], losses: Losses, when: str, gradient: bool) -> TrainingError:
-    """The end of a lesson, with all losses that are to blame; none is where only their sum is not finite."""
+def divergence_error(names: list[str], losses: Losses, when: str, gradient: bool) -> TrainingError:
+    """Return the error with all losses that are not finite; none if only their sum is not."""
     quoted = ", ".join(f"`{name}`" for name in names)
     plural = len(names) > 1
     what = f"losses {quoted}" if plural else f"loss {quoted}" if names else "the sum of losses"
     if gradient:
         what = f"the {'gradients' if plural else 'gradient'} of {what}"
-    told = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
+    values = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
     return TrainingError(
-        f"{what} {'are' if plural else 'is'} not finite in {when} ({told})", hint=STEEP if gradient else CALMER
+        f"{what} {'are' if plural else 'is'} not finite in {when} ({values})", hint=STEEP if gradient else CALMER
     )
 
 
-def right(answer: Tensor, truth: Tensor) -> float:
-    """Share of (N,) labels that have the highest logit; or of pixels within a factor of 1.25 (delta1 of depth maps)."""
-    if not truth.is_floating_point():
-        return (answer.argmax(1) == truth).float().mean().item()
-    known = ~truth.isnan()
-    near = torch.maximum(answer / truth, truth / answer)[known]
-    return ((near > 0) & (near < NEAR)).float().mean().item()
-
-
-def arrange(module: nn.Module, device: torch.device) -> None:
+def to_device(module: nn.Module, device: torch.device) -> None:
     """Move a module to where it is fast: on its device, in channels-last order."""
     module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def freeze(lesson: Lesson) -> None:
+def freeze(ctx: TrainingContext) -> None:
     """Nothing learns and no BatchNorm statistic moves, until a phase names it in `trains`."""
-    for model in (lesson.student, *lesson.teachers):
+    for model in (ctx.student, *ctx.teachers):
         model.requires_grad_(False).eval()
 
 
-def save(path: Path, phase: Phase, optimiser: torch.optim.Optimizer, curve: list[EpochRecord]) -> None:
+def save_epoch(path: Path, phase: Phase, optimiser: torch.optim.Optimizer, curve: list[EpochRecord]) -> None:
     state = {
         "modules": [m.state_dict() for m in phase.trains],
         "optimiser": optimiser.state_dict(),
         "curve": [asdict(record) for record in curve],
     }
-    replace(path, state)
+    save_atomic(path, state)
 
 
-def restore(path: Path, phase: Phase, optimiser: torch.optim.Optimizer) -> list[EpochRecord]:
+def restore_epoch(path: Path, phase: Phase, optimiser: torch.optim.Optimizer) -> list[EpochRecord]:
     """Put back what `save` wrote; the epochs that are done, none if there is no checkpoint."""
     if not path.exists():
         return []
@@ -244,7 +243,7 @@ def restore(path: Path, phase: Phase, optimiser: torch.optim.Optimizer) -> list[
     return [EpochRecord(**record) for record in state["curve"]]
 
 
-def replace(path: Path, state: Any) -> None:
+def save_atomic(path: Path, state: Any) -> None:
     """Write `state` whole or not at all."""
     buffer = io.BytesIO()  # torch's own file writer hides a full disk behind a RuntimeError
     torch.save(state, buffer)

@@ -1,24 +1,26 @@
-"""Arrays on disk, whole or not at all; those from outside are read without running or believing anything in them."""
+"""Arrays on disk, written whole or not at all, and read without trusting what is in them; noise and its power."""
 
 from __future__ import annotations
 
 import io
+import math
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from edgekd.utils.external import foreign
+from edgekd.utils.external import external_code
 
 if TYPE_CHECKING:
     import numpy as np
 
 T = TypeVar("T")
 LARGEST = 1 << 30  # bytes of what an archive from outside unpacks to
+MAX_DB = 120.0  # no noise at all
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Write `array` to `path` as .npy. An error of the system comes with its number, which numpy's own loses."""
+    """Write an array as .npy. An error of the system keeps its number, which numpy loses."""
     import numpy as np
 
     content = io.BytesIO()
@@ -32,7 +34,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def load_array(path: Path) -> np.ndarray:
-    """What is in an .npy file from outside. Raises ConfigError where that is no array of numbers or text."""
+    """Return the array in an .npy file from outside. Raise ConfigError if it is not one of numbers or text."""
 
     def load() -> np.ndarray:
         from numpy.lib import format as npy
@@ -41,11 +43,25 @@ def load_array(path: Path) -> np.ndarray:
             array: np.ndarray = npy.read_array(stream, allow_pickle=False)
         return array
 
-    return unpacked(path, load)
+    return read_external(path, load)
+
+
+def noise(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Return standard normal noise of that shape, float32: network inputs where only latency is wanted."""
+    import numpy as np
+
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def power_ratio_db(signal: float, noise: float) -> float:
+    """Return the ratio of two powers in dB, at most MAX_DB; 0 for noise without a signal."""
+    if not noise:
+        return MAX_DB
+    return min(MAX_DB, 10 * math.log10(signal / noise)) if signal else 0.0
 
 
 def load_arrays(path: Path, names: Iterable[str]) -> list[np.ndarray]:
-    """Those of an .npz file from outside. Raises ConfigError where one is not there, or no array of numbers or text."""
+    """Return arrays of an .npz file from outside. Raise ConfigError if one is missing, or not of numbers or text."""
     import numpy as np
 
     def load() -> list[np.ndarray]:
@@ -53,15 +69,15 @@ def load_arrays(path: Path, names: Iterable[str]) -> list[np.ndarray]:
             if sum(part.file_size for part in archive.infolist()) > LARGEST:
                 raise ValueError(f"it would unpack to more than {LARGEST >> 20} MiB")
         with np.load(path, allow_pickle=False) as stored:
-            found = [stored[name] for name in names]
-        if not all(isinstance(array, np.ndarray) for array in found):
+            arrays = [stored[name] for name in names]
+        if not all(isinstance(array, np.ndarray) for array in arrays):
             raise ValueError("a part of it is no array")
-        return found
+        return arrays
 
-    return unpacked(path, load)
+    return read_external(path, load)
 
 
-def unpacked(path: Path, load: Callable[[], T]) -> T:
-    """What `load` makes of the file, or whatever is wrong with it in a ConfigError."""
-    with foreign(f"`{path}` holds no arrays that can be read", "it was changed, or cut off"):
+def read_external(path: Path, load: Callable[[], T]) -> T:
+    """Return what `load` returns. Raise ConfigError if it fails."""
+    with external_code(f"`{path}` holds no arrays that can be read", "it was changed, or cut off"):
         return load()

@@ -1,6 +1,4 @@
-"""Code of others that edgekd calls: a user's modules and networks, plug-ins of other packages, what a library makes of
-files from anywhere. It may raise anything, and that is a sentence too.
-"""
+"""Call code of others, which may raise anything: a user's modules and networks, plug-ins, libraries on any file."""
 
 from __future__ import annotations
 
@@ -17,8 +15,8 @@ LONGEST = 300  # characters of a cause
 
 
 @contextmanager
-def foreign(what: str, hint: str, kind: type[EdgekdError] = ConfigError) -> Iterator[None]:
-    """Raises `kind` with `what`, a sentence without its end, and the cause, for anything that is raised inside.
+def external_code(what: str, hint: str, kind: type[EdgekdError] = ConfigError) -> Iterator[None]:
+    """Raise `kind` with `what`, a sentence without its end, and the cause, for anything that is raised inside.
 
     The only place that catches everything, for no list of exceptions holds for code that was never seen.
     """
@@ -33,16 +31,16 @@ def foreign(what: str, hint: str, kind: type[EdgekdError] = ConfigError) -> Iter
 
 
 def cause(error: BaseException) -> str:
-    """The kind of its first cause, its words on one line, and the place in the user's own code."""
+    """Return the type and the message of an error's first cause on one line, and its place in the user's code."""
     while error.__cause__:
         error = error.__cause__
     words = " ".join(str(error).split())[:LONGEST]
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not known(frame.filename)]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not is_installed(frame.filename)]
     place = "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in frames[-1:])
     return f"{type(error).__name__}{': ' if words else ''}{words}{place}"
 
 
-def known(filename: str) -> bool:
-    """Whether code is edgekd's, an installed package's, or Python's own."""
+def is_installed(filename: str) -> bool:
+    """Return whether code is edgekd's, an installed package's, or Python's."""
     places = (str(Path(__file__).parents[1]), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
     return filename.startswith((*places, "<"))

@@ -1,4 +1,4 @@
-"""Names of files that were read somewhere: whether they stay in their folder."""
+"""Check that names of files from outside stay in their folder."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 LONGEST, DEEPEST = 255, 40  # letters of a name, names of a path: of what file systems take
 
 
-def leads_out(folder: Path, name: str) -> bool:
-    """Whether a name is none of a file in `folder`: absolute, with `..`, too long, or behind a link out of it."""
+def escapes_folder(folder: Path, name: str) -> bool:
+    """Return whether a name is not that of a file in `folder`: absolute, with `..`, too long, or behind a link."""
     parts = name.split("/")
     if not name or "\0" in name or "\\" in name or Path(name).is_absolute() or ".." in parts:
         return True

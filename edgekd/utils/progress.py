@@ -13,7 +13,7 @@ EVERY_S = 10.0  # between two plain lines
 
 
 @contextmanager
-def bar(label: str, total: int) -> Iterator[Advance]:
+def progress_bar(label: str, total: int) -> Iterator[Advance]:
     """`with bar("epochs", 40) as advance: ... advance(note="loss 0.31")`."""
     if not logging.getLogger("edgekd").isEnabledFor(logging.INFO):
         yield lambda steps=1, note="": None

@@ -1,4 +1,4 @@
-"""Text of any origin: shown, never obeyed."""
+"""Show text of any origin without its control characters having an effect."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ CONTROL = ("Cc", "Cs")  # control characters, halves of pairs: in no text that a
 UNSEEN = (*CONTROL, "Cf", "Zl", "Zp")  # and formatting characters, which some scripts need, and separators of lines
 
 
-def unseen(text: str, kinds: tuple[str, ...] = UNSEEN, allowed: str = "\n\t") -> set[str]:
-    """The characters of `text` that are of these categories of Unicode."""
+def hidden_chars(text: str, kinds: tuple[str, ...] = UNSEEN, allowed: str = "\n\t") -> set[str]:
+    """Return the characters of `text` that are of some categories of Unicode."""
     return {c for c in set(text) - set(allowed) if unicodedata.category(c) in kinds}
 
 
-def visible(text: str) -> str:
-    """With characters spelled out that would move a cursor, paint, or turn the direction of writing."""
-    hidden = unseen(text)
+def escape_control_chars(text: str) -> str:
+    """Return text with those characters escaped that would move a cursor, paint, or change the writing direction."""
+    hidden = hidden_chars(text)
     return "".join(c.encode("unicode_escape").decode() if c in hidden else c for c in text) if hidden else text

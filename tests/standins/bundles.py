@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import subprocess
 import sys
@@ -19,8 +18,8 @@ from edgekd.stages.bench.runner import runner_path
 
 SHAPE = (2, 4, 4)
 CLASSES = 5
-PROTOCOL = {"blocks": 4, "calls": 5, "warmup_s": 0.02, "warmup_calls": 10, "seed": 0, "spinning": True}
-Told = list[dict[str, Any]]
+PROTOCOL = {"rounds": 4, "calls_per_round": 5, "warmup_s": 0.02, "warmup_calls": 10, "seed": 0, "spinning": True}
+Messages = list[dict[str, Any]]
 
 
 def network(
@@ -70,7 +69,7 @@ def engine(name: str, role: str, model: str, **changes: Any) -> dict[str, Any]:
     return row | changes
 
 
-def make_bundle(home: Path, runtime: str = "onnxruntime", engines: Told | None = None, **changes: Any) -> Path:
+def make_bundle(home: Path, runtime: str = "onnxruntime", engines: Messages | None = None, **changes: Any) -> Path:
     """A slow teacher and a small student."""
     for folder in ("models", "expected"):
         (home / folder).mkdir(parents=True, exist_ok=True)
@@ -81,13 +80,13 @@ def make_bundle(home: Path, runtime: str = "onnxruntime", engines: Told | None =
     np.save(home / "inputs.npy", inputs)
     np.save(home / "labels.npy", random.integers(CLASSES, size=12))
     for path in (home / "models").glob("*.onnx"):
-        np.save(home / "expected" / f"{path.stem}.npy", expected(path, inputs[:8]))
+        np.save(home / "expected" / f"{path.stem}.npy", compute_expected(path, inputs[:8]))
     rows = engines or [
         engine("teacher fp32", "teacher", "teacher.onnx"),
         engine("student fp32", "student", "student.onnx"),
     ]
     manifest = {
-        "schema": 1,
+        "schema": 2,
         "name": "tiny",
         "target": "jetson" if runtime == "tensorrt" else "cpu",
         "runtime": runtime,
@@ -99,18 +98,19 @@ def make_bundle(home: Path, runtime: str = "onnxruntime", engines: Told | None =
         "engines": rows,
         "inputs": "inputs.npy",
         "labels": "labels.npy",
-        "checked": 8,
+        "task": {"use": "classification"},
+        "verify_images": 8,
         "protocol": PROTOCOL,
     }
-    return sealed(home, manifest | changes)
+    return write_manifest(home, manifest | changes)
 
 
-def expected(path: Path, images: np.ndarray) -> np.ndarray:
+def compute_expected(path: Path, images: np.ndarray) -> np.ndarray:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return np.concatenate([session.run(None, {"x": image[None]})[0] for image in images])
 
 
-def sealed(home: Path, manifest: dict[str, Any]) -> Path:
+def write_manifest(home: Path, manifest: dict[str, Any]) -> Path:
     """Write the manifest with the hashes of the files as they are now."""
     files = [path for path in home.rglob("*") if path.is_file() and path.name != "manifest.json"]
     manifest["files"] = {
@@ -126,26 +126,17 @@ def sealed(home: Path, manifest: dict[str, Any]) -> Path:
 
 
 def start(command: str, home: Path, *words: str, **options: Any) -> subprocess.Popen[str]:
-    line = [sys.executable, str(runner_path()), command, "--bundle", str(home), *words]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    argv = [sys.executable, str(runner_path()), command, "--bundle", str(home), *words]
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def run(command: str, home: Path, *words: str, **options: Any) -> tuple[int, Told]:
+def run(command: str, home: Path, *words: str, **options: Any) -> tuple[int, Messages]:
     """Exit code, and the lines on stdout."""
     with start(command, home, *words, **options) as process:
-        said, complaints = process.communicate(timeout=60)
-    assert not complaints, complaints
-    return process.returncode, [json.loads(line) for line in said.splitlines()]
+        stdout, stderr = process.communicate(timeout=60)
+    assert not stderr, stderr
+    return process.returncode, [json.loads(line) for line in stdout.splitlines()]
 
 
-def found(home: Path, command: str) -> Any:
+def read_result(home: Path, command: str) -> Any:
     return json.loads((home / "results" / f"{command}.json").read_text())
-
-
-def module() -> Any:
-    """The runner's functions, to call them without a process."""
-    spec = importlib.util.spec_from_file_location("edgekd_runner", runner_path())
-    assert spec and spec.loader
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made

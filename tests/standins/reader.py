@@ -65,29 +65,29 @@ def parts(path: Path) -> None:
     from edgekd.errors import ConfigError, ModelError
     from edgekd.onnx import inspect, session
     from edgekd.stages.explain.explain import explain
-    from edgekd.stages.lint.lint import as_json, described, lint
+    from edgekd.stages.lint.lint import as_json, format_verdict, lint
 
     for version in ("5.1", "6.2"):
         verdict = lint(path, version)
-        described(verdict), json.dumps(as_json(verdict))
+        format_verdict(verdict), json.dumps(as_json(verdict))
     with suppress(ConfigError):  # that the file is not quantized
         explain(path, target="jetson")
     with suppress(ModelError):  # that it is no example of ONNX
         inspect.check(path)
     found = inspect.facts(path)
-    inspect.described(path, "net", found.macs or 0)
+    inspect.describe(path, "net", found.macs or 0)
     shape = [size or 1 for size in found.input.shape]
     if found.input.dtype == "float32":
         inputs = np.random.default_rng(0).standard_normal(shape, np.float32)
         for optimised in (True, False):
-            session.answers(path, inputs, optimised, 1)
+            session.run_model(path, inputs, optimised, 1)
 
 
 def whole(path: Path) -> None:
-    """Quantization in two dialects, with everything that looks into the graph."""
+    """Quantization in two schemes, with everything that looks into the graph."""
     import numpy as np
 
-    from edgekd.core.quant_scheme import named
+    from edgekd.core.quant_scheme import get_scheme
     from edgekd.errors import EdgekdError
     from edgekd.onnx import inspect
     from edgekd.stages.quantize.quantize import quantize_file
@@ -96,10 +96,12 @@ def whole(path: Path) -> None:
     shape = [size or 1 for size in inspect.facts(path).input.shape]
     inputs = np.random.default_rng(0).standard_normal((shape[0] * 4, *shape[1:]), np.float32)
     refused = None
-    for dialect in ("ort-x86", "tensorrt"):
+    for scheme in ("ort-x86", "tensorrt"):
         try:
-            config = QuantizeConfig(equalize=True, smooth=0.5, correct_bias=True, floats=("last",))
-            quantize_file(path, path.with_name("q.onnx"), inputs, named(dialect), config)
+            config = QuantizeConfig(
+                cross_layer_equalization=True, smoothquant_alpha=0.5, bias_correction=True, keep_float=("last",)
+            )
+            quantize_file(path, path.with_name("q.onnx"), inputs, get_scheme(scheme), config)
         except EdgekdError as error:
             refused = error
     if refused:

@@ -1,188 +1,214 @@
-"""Stage: run every contestant in its target's runtime, for its answers and its latency. Works without torch."""
+"""Stage: run every model file in its target's runtime, for its outputs and its latency. Works without torch."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgekd.core.artifact import File, Floats
-from edgekd.core.bench_result import BenchResult, Contestant, Interval, Measurement, Runtime
-from edgekd.core.dataset import Scale
+from edgekd.core.artifact import ComputePrecision, File
+from edgekd.core.bench_result import BenchResult, Interval, Measurement, Runtime
+from edgekd.core.dataset import Normalization
 from edgekd.core.target import Target
-from edgekd.stages.bench import cold_start, load, sessions, statistics
-from edgekd.stages.bench import config as config_module
-from edgekd.stages.bench.config import BenchConfig, Scenario
-from edgekd.stages.bench.entries import check, computed
-from edgekd.stages.bench.measurements import judged, trials
+from edgekd.core.task import Task, matching_task
+from edgekd.onnx import inspect
+from edgekd.stages.bench import cold_start, load, statistics
+from edgekd.stages.bench.config import BenchConfig, Scenario, scenarios
+from edgekd.stages.bench.entries import Entries, check, expand_precisions
+from edgekd.stages.bench.measurements import Baseline, Observed, collect_samples, find_baseline, measure_entries
+from edgekd.stages.bench.processes import Timings, run_processes
 from edgekd.stages.bench.runner import job, machine, run
-from edgekd.utils.arrays import save_array
+from edgekd.utils.arrays import noise, save_array
 
-RUNTIME = ("name", "version", "threads")  # what is told of every runtime; other facts are its own
+RUNTIME = ("name", "version", "threads")  # what every runtime reports; other facts are specific to one
 STARTS = ("load", "compile", "cached_compile", "first")  # times of a model before its second call
 
 
-def answer(out: Path, model: File, target: Target, inputs: File) -> File:
-    """What `model` answers in the target's runtime: .npy, (images, classes) or (images, K, H, W) float32.
+@dataclass(frozen=True)
+class BenchmarkRequest:
+    """Models to compare on one target, the data for it, and how they are called."""
 
-    `inputs` is .npy, (N, C, H, W) float32. Raises EdgekdError with what the runner says if the file does not run.
+    entries: Entries
+    target_name: str
+    target: Target
+    inputs: File
+    """.npy, (N, C, H, W) float32, of test data."""
+    labels: File | None
+    """.npy, the targets of the task; without labels only latency is measured."""
+    reference: str
+    """Name of the FP32 entry that agreement is measured against."""
+    config: BenchConfig
+    scenario: Scenario | None = None
+    """None: the main scenario of `config`."""
+    normalize: Normalization | None = None
+    """Turns pictures into inputs; None: they are divided by 255 alone."""
+    task: Task | None = None
+    """What the models' outputs mean; None: what the outputs of the first file look like."""
+
+    @property
+    def resolved_scenario(self) -> Scenario:
+        return self.scenario or scenarios(self.config)[0]
+
+
+def run_on_target(out: Path, model: File, target: Target, inputs: File) -> File:
+    """Return the outputs of `model` in the target's runtime: .npy, (images, classes) or (images, K, H, W) float32.
+
+    `inputs` is .npy, (N, C, H, W) float32. Raises EdgekdError with the runner's message if the file does not run.
     """
-    return answers(out, {model.path.name: model}, target, inputs)[0]
+    return run_all_on_target(out, {model.path.name: model}, target, inputs)[0]
 
 
-def answers(
-    out: Path, models: dict[str, File], target: Target, inputs: File, floats: Mapping[str, Floats] | None = None
+def run_all_on_target(
+    out: Path,
+    models: dict[str, File],
+    target: Target,
+    inputs: File,
+    compute_precisions: Mapping[str, ComputePrecision] | None = None,
 ) -> list[File]:
-    """`answer` for several models, in one process; messages call them by their keys."""
+    """Return what `run_on_target` does for several models, in one process; messages call them by their keys."""
     total = len(np.load(inputs.path, mmap_mode="r")) * len(models)
-    run("answer", out, job(models, target, inputs, floats=floats), f"answers on {target.runtime}", total)
+    content = job(models, target, inputs, compute_precisions=compute_precisions)
+    run("predict", out, content, f"answers on {target.runtime}", total)
     return [File.of(out / f"logits-{index}.npy") for index in range(len(models))]
 
 
-def benchmark(
-    out: Path,
-    contestants: tuple[Contestant, ...],
-    target_name: str,
-    target: Target,
-    inputs: File,
-    labels: File | None,
-    reference: str,
-    config: BenchConfig,
-    called: Scenario | None = None,
-    scale: Scale | None = None,
-) -> BenchResult:
-    """Compare the contestants on one target; the baseline is the first teacher, or else the first of them.
+def benchmark(out: Path, request: BenchmarkRequest) -> BenchResult:
+    """Compare models on one target; the baseline is the first teacher, or else the first of them.
 
-    A float file is measured in every precision that the target computes floats in, each a contestant of its own.
-    `inputs` is .npy, (N, C, H, W) float32, of test data; `labels` is .npy, (N,) int64. Without labels only the latency
-    is taken. `reference` names the float file that agreement is measured against. `called` is how models are called;
-    the main scenario of `config` if it is not given. `scale` turns pictures into inputs; they are divided by 255 alone
-    if it is not given. Files of the contestants are linked into `out`, so that the result stands beside what it was
-    measured on.
+    An FP32 file is measured in every precision that the target computes float operators in, each as an entry of its
+    own. The files are linked into `out`, so that the result is beside what was measured.
     """
-    called = called or config_module.scenarios(config)[0]
+    target, scenario = request.target, request.resolved_scenario
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
-    reason = target.missing()
-    if reason:
-        return BenchResult(
-            target_name, reason, None, None, protocol(called, target, config), None, (), (), None, started, 0.0
-        )
-    check(contestants, inputs, labels, reference)
-    contestants = computed(contestants, target)
-    label = f"bench on {' '.join(filter(None, (target_name, called.title)))}"
-    samples, aa, seen, count = None, None, None, 1
-    if called.scope == "cold":
-        result, measurements = cold_start.started(out, contestants, target, inputs, label)
-        more: dict[str, Any] = dict(cold_start.PROTOCOL)
+    protocol = describe_protocol(scenario, target, request.config)
+    if reason := target.unavailable_reason():
+        return BenchResult(request.target_name, reason, None, None, protocol, None, (), (), None, started, 0.0)
+    check(request.entries, request.inputs, request.labels, request.reference)
+    entries = expand_precisions(request.entries, target)
+    label = f"bench on {' '.join(filter(None, (request.target_name, scenario.title)))}"
+    samples, aa_ratio, ns, processes = None, None, {}, 1
+    if scenario.scope == "cold_start":
+        result, measurements = cold_start.cold_start(out, entries, target, request.inputs, label)
+        protocol |= cold_start.PROTOCOL
     else:
-        seen, aa, measurements = timed(
-            out, contestants, target, inputs, labels, reference, config, called, scale, label
-        )
-        result, samples, count = seen.result, seen.samples, seen.sessions
-        more = {"sessions": count} | read_back(result)
-    ns = {} if seen is None else dict(zip((m["name"] for m in result["models"]), seen.ns, strict=True))
+        outputs = evaluate_entries(out, entries, request)
+        timings = time_entries(out, entries, request, label)
+        aa_ratio, measurements = read_timings(out, entries, request, timings, outputs)
+        result, samples, processes = timings.result, timings.samples, timings.processes
+        ns = dict(zip((m["name"] for m in result["models"]), timings.ns, strict=True))
+        protocol |= {"processes": processes} | read_back(result)
     return BenchResult(
-        target=target_name,
+        target=request.target_name,
         not_measured="",
         machine=machine(result["machine"]),
         runtime=Runtime(**{key: result["runtime"][key] for key in RUNTIME}),
-        protocol=protocol(called, target, config) | more | environment(result) | files(contestants, called),
-        aa=aa,
-        warnings=(*statistics.doubts(aa, ns, result, count), *fewer(target, result)),
+        protocol=protocol | environment(result) | list_files(entries, scenario),
+        aa_ratio=aa_ratio,
+        warnings=(*statistics.find_warnings(aa_ratio, ns, result, processes), *other_threads(target, result)),
         measurements=measurements,
         samples=samples,
         started=started,
         seconds=round(time.perf_counter() - clock, 3),
-        scenario=called.title,
+        scenario=scenario.title,
     )
 
 
-def timed(
-    out: Path,
-    contestants: tuple[Contestant, ...],
-    target: Target,
-    inputs: File,
-    labels: File | None,
-    reference: str,
-    config: BenchConfig,
-    called: Scenario,
-    scale: Scale | None,
-    label: str,
-) -> tuple[sessions.Timed, Interval | None, tuple[Measurement, ...]]:
-    """What was seen, the A/A control, and what that says of each contestant."""
-    models = {c.name: c.file for c in contestants}
-    floats = {c.name: c.floats for c in contestants}
-    logits = [np.zeros((0, 0), np.float32)] * len(contestants)
-    if labels is not None:
-        logits = [np.load(file.path) for file in answers(out / "answers", models, target, inputs, floats)]
-    base = next((i for i, c in enumerate(contestants) if c.role == "teacher"), 0)
-    again = f"{contestants[base].name} again"
-    models, floats = models | {again: contestants[base].file}, floats | {again: contestants[base].floats}
-    scaled = {"scale": {"mean": scale.mean, "std": scale.std}} if scale else {}
-    seen = sessions.timed(out, models, target, inputs, config, floats, called, scaled, label)
-    if called.rate:
-        return seen, *load.at_rate(out, contestants, base, seen, config, called.rate)
-    if called.throughput:
-        return seen, *load.throughput(out, contestants, base, seen, config)
-    known = trials(contestants, seen.ns, logits, labels, reference)
-    in_force = [model["precision"] for model in seen.result["models"]]
-    aa, found = judged(out, contestants, base, known, seen.ns, in_force, config, seen.sessions)
-    return seen, aa, found
+def evaluate_entries(out: Path, entries: Entries, request: BenchmarkRequest) -> list[tuple[np.ndarray, ...]]:
+    """Return the outputs of each entry for all inputs; none if there are no labels to compare them with."""
+    if request.labels is None:
+        return [()] * len(entries)
+    models = {entry.name: entry.file for entry in entries}
+    precisions = {entry.name: entry.compute_precision for entry in entries}
+    files = run_all_on_target(out / "answers", models, request.target, request.inputs, precisions)
+    return [(np.load(file.path),) for file in files]
 
 
-def protocol(called: Scenario, target: Target, config: BenchConfig) -> dict[str, Any]:
-    """What was asked for."""
-    told: dict[str, Any] = {"batch": called.batch, "scope": called.holds(target.runtime)}
-    if called.scope == "cold":
-        return told
-    told |= {"blocks": called.rounds(config), "calls": config.calls, "seed": config.seed}
-    if called.rate:
-        told |= {"calls_due_per_s": called.rate, "calls": called.protocol(config)["calls"]}
-    if called.throughput:
-        told["calls"] = "as many as take about 0.2 s, several under way at once; images a second are of whole blocks"
-    return told
+def time_entries(out: Path, entries: Entries, request: BenchmarkRequest, label: str) -> Timings:
+    """Return the timings of all entries, and of a duplicate of the baseline."""
+    base = entries[find_baseline(entries)]
+    again = f"{base.name} again"
+    models = {entry.name: entry.file for entry in entries} | {again: base.file}
+    precisions = {entry.name: entry.compute_precision for entry in entries} | {again: base.compute_precision}
+    content = job(models, request.target, request.inputs, request.config, precisions, request.resolved_scenario)
+    if request.normalize:
+        content["normalize"] = {"mean": request.normalize.mean, "std": request.normalize.std}
+    return run_processes(out, models, content, request.config, request.resolved_scenario, label)
 
 
-def files(contestants: tuple[Contestant, ...], called: Scenario) -> dict[str, Any]:
-    """Which files were timed, where those are not the ones that ship."""
-    return {} if called.batch == 1 else {"files": {c.name: c.file.path.name for c in contestants}}
+def read_timings(
+    out: Path, entries: Entries, request: BenchmarkRequest, timings: Timings, outputs: list[tuple[np.ndarray, ...]]
+) -> tuple[Interval | None, tuple[Measurement, ...]]:
+    """Return the A/A control, and the measurement of each entry."""
+    config, scenario = request.config, request.resolved_scenario
+    if scenario.rate:
+        return load.at_rate(out, entries, timings, config, scenario.rate)
+    if scenario.throughput:
+        return load.throughput(out, entries, timings, config)
+    task = request.task
+    if task is None and request.labels is not None:
+        task = matching_task(inspect.facts(entries[0].file.path).outputs)
+    samples = collect_samples(entries, timings.ns, outputs, request.labels, request.reference)
+    baseline = Baseline(find_baseline(entries), timings.ns, config.seed, timings.processes)
+    reported = [model["compute_precision"] for model in timings.result["models"]]
+    return baseline.aa_ratio, measure_entries(out, entries, Observed(samples, reported, baseline), config, task)
 
 
-def fewer(target: Target, result: dict[str, Any]) -> list[str]:
-    """What to say where a runtime took other threads than it was asked for: it may see fewer cores."""
-    taken = result["runtime"]["threads"]
-    return [] if taken == target.threads else [f"threads: {target.threads} were asked for, {taken} in force"]
+def describe_protocol(scenario: Scenario, target: Target, config: BenchConfig) -> dict[str, Any]:
+    """Return what was asked for."""
+    protocol: dict[str, Any] = {"batch": scenario.batch, "scope": scenario.describe_call(target.runtime)}
+    if scenario.scope == "cold_start":
+        return protocol
+    calls = scenario.calls_per_round(config)
+    protocol |= {"rounds": scenario.rounds(config), "calls_per_round": calls, "seed": config.seed}
+    if scenario.rate:
+        protocol["calls_due_per_s"] = scenario.rate
+    if scenario.throughput:
+        text = "as many as take about 0.2 s, several under way at once; images a second are of whole rounds"
+        protocol["calls_per_round"] = text
+    return protocol
+
+
+def list_files(entries: Entries, scenario: Scenario) -> dict[str, Any]:
+    """Return which files were timed, where those are not the ones that are deployed."""
+    return {} if scenario.batch == 1 else {"files": {entry.name: entry.file.path.name for entry in entries}}
+
+
+def other_threads(target: Target, result: dict[str, Any]) -> list[str]:
+    """Return a warning where a runtime took other threads than it was asked for: it may see fewer cores."""
+    threads = result["runtime"]["threads"]
+    return [] if threads == target.threads else [f"threads: {target.threads} were asked for, {threads} in force"]
 
 
 def read_back(result: dict[str, Any]) -> dict[str, Any]:
-    """What the runner says of timed calls beyond what was asked for."""
-    found = {
+    """Return what the runner reports of timed calls beyond what was asked for."""
+    protocol = {
         "warmup_s": result["protocol"]["warmup_s"],
         "warmup_calls": result["protocol"]["warmup_calls"],
         "percentiles": "nearest rank",
-        "ratios": "median over rounds of the ratios of block medians; of several sessions, their geometric mean",
+        "ratios": "median over rounds of the ratios of medians; of several processes, their geometric mean",
         "intervals": f"95 %, bootstrap of rounds, {statistics.RESAMPLES} resamples; of ratios over several "
-        "sessions no narrower than Student's of their logarithms",
+        "processes no narrower than Student's of their logarithms",
         "cold_start_ms": {m["name"]: {k: m[f"{k}_ms"] for k in STARTS if f"{k}_ms" in m} for m in result["models"]},
     }
-    under_way = {m["name"]: m["under_way"] for m in result["models"] if m.get("under_way", 1) > 1}
-    found |= {"calls_under_way": under_way} if under_way else {}
-    return found | ({"overhead_of_the_loop_ns": result["overhead_ns"]} if "overhead_ns" in result else {})
+    in_flight = {m["name"]: m["calls_in_flight"] for m in result["models"] if m.get("calls_in_flight", 1) > 1}
+    protocol |= {"calls_in_flight": in_flight} if in_flight else {}
+    return protocol | ({"overhead_of_the_loop_ns": result["overhead_ns"]} if "overhead_ns" in result else {})
 
 
 def environment(result: dict[str, Any]) -> dict[str, Any]:
-    """What the runner says of its runtime, and of the machine beside what `Machine` holds."""
+    """Return what the runner reports of its runtime, and of the machine beyond the fields of `Machine`."""
     return {
         "runtime": {key: value for key, value in result["runtime"].items() if key not in RUNTIME},
         "conditions": result["conditions"] | {k: result["machine"][k] for k in ("affinity", "cpu_quota", "governor")},
     }
 
 
-def noise(out: Path, shape: tuple[int, ...], seed: int, count: int = 64) -> File:
-    """Random inputs of a model, where only its latency is wanted: .npy, (count, *shape) float32."""
-    save_array(out / "noise.npy", np.random.default_rng(seed).standard_normal((count, *shape), np.float32))
+def save_noise(out: Path, shape: tuple[int, ...], seed: int, count: int = 64) -> File:
+    """Return random inputs of a model, where only its latency is wanted: .npy, (count, *shape) float32."""
+    save_array(out / "noise.npy", noise((count, *shape), seed))
     return File.of(out / "noise.npy")

@@ -2,98 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from edgekd.core import plugins
-from edgekd.core.bench_result import Interval, Metric, Trial
-from edgekd.metrics._percentile import nearest_rank
+from edgekd.core.bench_result import Interval, Samples
+from edgekd.core.task import Task
+from edgekd.metrics._compute import applicable_metrics
+from edgekd.metrics.latency import nearest_rank
 from edgekd.stages.bench import statistics
 
 Z = 1.959964  # of a normal distribution, for 95 %
 RESAMPLES = 1000
 GROUPS = 20  # of images, for the jackknife
-SHARES = ("top1", "agreement")  # metrics that count images
 
 
 def intervals(
-    trial: Trial, teacher: np.ndarray, names: Sequence[str], seed: int, sessions: int = 1
+    samples: Samples,
+    teacher: tuple[np.ndarray, ...],
+    names: Sequence[str],
+    seed: int,
+    processes: int = 1,
+    task: Task | None = None,
 ) -> dict[str, Interval]:
-    """By name of a metric that the trial has a number for; and what it lost, in points of top-1: `drop` against its
-    float original, `teacher_drop` against the teacher, whose answers to the same images are `teacher` (empty: none).
+    """Return the interval of each named metric that applies to `samples`, and of the accuracy lost.
+
+    `accuracy_drop` is that against the FP32 file, `accuracy_drop_vs_teacher` that against the teacher, in points of
+    the task's primary metric, if that counts images; `teacher` holds its outputs for the same images, or nothing.
     """
-    metrics: dict[str, Metric] = {name: plugins.load("metrics", name)() for name in names}
-    found = {}
-    for name, metric in metrics.items():
-        if metric.maps not in (None, trial.logits.ndim > 2) or not all(getattr(trial, p).size for p in metric.reads):
-            continue
-        if "ns" in metric.reads:
-            found[name] = resampled(metric, trial, seed, sessions)
-        elif name in SHARES:
-            found[name] = share(metric(trial), len(trial.logits))
-        elif len(trial.logits) > 1:
-            found[name] = jackknifed(metric, trial)
-    if trial.logits.ndim == 2 and trial.logits.size and trial.labels.size:
-        own = right(trial.logits, trial.labels)
-        if trial.reference.size:
-            found["drop"] = lost(right(trial.reference, trial.labels), own)
-        if len(teacher) == len(own):
-            found["teacher_drop"] = lost(right(teacher, trial.labels), own)
-    return found
+    result = {}
+    for name, metric in applicable_metrics(samples, names, task).items():
+        if "ns" in metric.inputs:
+            result[name] = resampled(metric.compute, samples, seed, processes)
+        elif metric.hits:
+            result[name] = wilson(metric.compute(samples), len(samples.outputs[0]))
+        elif len(samples.outputs[0]) > 1:
+            result[name] = jackknifed(metric.compute, samples)
+    hits = task.metrics()[task.primary_metric].hits if task else None
+    if hits and samples.has("outputs") and samples.has("labels"):
+        correct = hits(samples)
+        if samples.has("reference"):
+            result["accuracy_drop"] = accuracy_lost(hits(replace(samples, outputs=samples.reference)), correct)
+        if teacher and len(teacher[0]) == len(correct):
+            result["accuracy_drop_vs_teacher"] = accuracy_lost(hits(replace(samples, outputs=teacher)), correct)
+    return result
 
 
-def right(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return np.asarray(logits.argmax(1) == labels)
+def accuracy_lost(before: np.ndarray, after: np.ndarray) -> Interval:
+    """Return the points of accuracy lost between two networks on the same images; both (images,) bool: is it correct.
 
-
-def lost(before: np.ndarray, after: np.ndarray) -> Interval:
-    """Points of accuracy between two networks on the same images; both (images,) bool, whether each was right.
-
-    Adds half an image to each cell of the table of pairs, so that no difference in few images is not called certain
+    Adds half an image to each cell of the table of pairs, so that no difference in few images is called certain
     (Agresti and Min, Statistics in Medicine 24, 2005).
     """
     n = len(before)
     worse, better = int((before & ~after).sum()), int((after & ~before).sum())
     b, c, size = worse + 0.5, better + 0.5, n + 2
     centre, spread = (b - c) / size, Z * np.sqrt(b + c - (b - c) ** 2 / size) / size
-    mid = (worse - better) / n
-    return Interval(100 * min(centre - spread, mid), 100 * mid, 100 * max(centre + spread, mid))
+    estimate = (worse - better) / n
+    return Interval(100 * min(centre - spread, estimate), 100 * estimate, 100 * max(centre + spread, estimate))
 
 
-def share(percent: float, n: int) -> Interval:
-    """Of a percentage of `n` images that each count or not (Wilson, JASA 22, 1927)."""
+def wilson(percent: float, n: int) -> Interval:
+    """Return the interval of a percentage of `n` images that each count or not (Wilson, JASA 22, 1927)."""
     p = percent / 100
     centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
     spread = Z * np.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
     return Interval(100 * min(centre - spread, p), percent, 100 * max(centre + spread, p))
 
 
-def resampled(metric: Metric, trial: Trial, seed: int, sessions: int = 1) -> Interval:
-    """A bootstrap of whole blocks: calls next to each other are alike. No narrower than the spread of several sessions,
-    processes that each have as many consecutive blocks, or one more."""
-    blocks = trial.ns.reshape(len(np.unique(trial.block)), -1)
+def resampled(compute: Callable[[Samples], float], samples: Samples, seed: int, processes: int = 1) -> Interval:
+    """Return the interval of a metric of latencies by a bootstrap of whole rounds: neighbouring calls are alike.
+
+    It is no narrower than the spread of several processes, which each have as many consecutive rounds, or one more.
+    """
+    rounds = samples.ns.reshape(len(np.unique(samples.round)), -1)
     random = np.random.default_rng(seed)
     empty = np.zeros(0)
 
     def read(ns: np.ndarray) -> float:
-        return metric(Trial(ns.ravel(), empty, empty, empty, empty))
+        return compute(Samples(ns.ravel(), empty, (), (), empty))
 
-    seen = np.array([read(blocks[picks]) for picks in random.integers(len(blocks), size=(RESAMPLES, len(blocks)))])
-    found = Interval(nearest_rank(seen, 2.5), metric(trial), nearest_rank(seen, 97.5))
-    return statistics.widened(found, blocks, sessions)
+    values = np.array([read(rounds[picks]) for picks in random.integers(len(rounds), size=(RESAMPLES, len(rounds)))])
+    interval = Interval(nearest_rank(values, 2.5), compute(samples), nearest_rank(values, 97.5))
+    return statistics.widened(interval, rounds, processes)
 
 
-def jackknifed(metric: Metric, trial: Trial) -> Interval:
-    """By leaving out one of some groups of images at a time (Efron and Tibshirani, 1993, chapter 11)."""
-    count = len(trial.logits)
+def jackknifed(compute: Callable[[Samples], float], samples: Samples) -> Interval:
+    """Return the interval of a metric by leaving out one of some groups of images at a time.
+
+    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 11.
+    """
+    count = len(samples.outputs[0])
     groups = np.array_split(np.arange(count), min(GROUPS, count))
-    mid = metric(trial)
-    without = np.array([metric(kept(trial, np.setdiff1d(np.arange(count), group))) for group in groups])
+    estimate = compute(samples)
+    without = np.array([compute(samples.subset(np.setdiff1d(np.arange(count), group))) for group in groups])
     spread = Z * np.sqrt((len(groups) - 1) / len(groups) * ((without - without.mean()) ** 2).sum())
-    return Interval(mid - spread, mid, mid + spread)
-
-
-def kept(trial: Trial, images: np.ndarray) -> Trial:
-    parts = (part[images] if part.size else part for part in (trial.logits, trial.reference, trial.labels))
-    return Trial(trial.ns, trial.block, *parts)
+    return Interval(estimate - spread, estimate, estimate + spread)

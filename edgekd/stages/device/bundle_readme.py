@@ -1,4 +1,4 @@
-"""What a bundle says to the person and the shell that run it."""
+"""README.md and run.sh of a bundle."""
 
 from __future__ import annotations
 
@@ -6,68 +6,68 @@ from typing import Any
 
 from edgekd.targets._jetpack import board
 
-BEFORE, TIMED = ("doctor", "build", "verify"), ("bench", "energy")  # commands of the runner, in this order
-COMMANDS = (*BEFORE, *TIMED, "collect")
-RUN = f"""\
+PREPARATION_COMMANDS, MEASURING_COMMANDS = ("doctor", "build", "verify"), ("bench", "energy")  # in this order
+COMMANDS = (*PREPARATION_COMMANDS, *MEASURING_COMMANDS, "collect")
+RUN_SCRIPT = f"""\
 #!/bin/sh
-# Build, verify and measure everything in this folder; type the same again to go on after an interruption.
-# Words behind the command go on to the measurements: sh run.sh --lock-clocks. Another Python: PYTHON=... sh run.sh
+# Build, verify and measure everything in this folder; after an interruption, type the same to continue.
+# Options go to the measurements: sh run.sh --lock-clocks. Another Python: PYTHON=... sh run.sh
 set -eu
 cd "$(dirname "$0")"
 python=${{PYTHON:-python3}}
-for command in {" ".join(BEFORE)}; do
-    "$python" edgekd_runner.py "$command" --bundle .
+for command in {" ".join(PREPARATION_COMMANDS)}; do
+    "$python" runner.pyz "$command" --bundle .
 done
-for command in {" ".join(TIMED)}; do
-    "$python" edgekd_runner.py "$command" --bundle . "$@"
+for command in {" ".join(MEASURING_COMMANDS)}; do
+    "$python" runner.pyz "$command" --bundle . "$@"
 done
-"$python" edgekd_runner.py collect --bundle .
-echo "measured: bring the folder results back, then: edgekd import-result results/result.json"
+"$python" runner.pyz collect --bundle .
+echo "measured: copy the folder results back, then: edgekd import-result results/result.json"
 """
 
 
 HEAD = """\
 # {name}: bundle for {target}
 
-Not measured on device: this folder was made on another machine. To measure it, type on the device, in this folder:
+Not measured on device: this folder was written on another machine. To measure it, type on the device, in this folder:
 
     sh run.sh
 
 {needs}
 
-An interrupted run goes on when the same is typed again. {clocks}Then bring the folder `results` back to the machine
+An interrupted run continues when you type the same again. {clocks}Then copy the folder `results` back to the machine
 with edgekd, and type there:
 
     edgekd import-result results/result.json
 
-## What is built
+## Engines
 """
 CLOCKS = """\
-Clocks stay as they are found; `sh run.sh --lock-clocks`
-holds them at the maximum of the power mode while it measures (it asks for root), and puts them back.
+Clocks are not changed; `sh run.sh --lock-clocks`
+holds them at the maximum of the power mode while it measures (it needs root), and restores them.
 
 """
 FILES = """\
-`inputs.npy` holds {images} test images. The answers of onnxruntime, with its graph optimisation off, to the first
-{checked} of them are in `expected`. `manifest.json` has the sha256 of every file."""
+`inputs.npy` holds {images} test images. The outputs of onnxruntime, with its graph optimisation off, for the first
+{verify_images} of them are in `expected`. `manifest.json` has the sha256 of every file."""
 
 
-def readme(manifest: dict[str, Any], images: int, why: tuple[str, ...], remarks: tuple[str, ...]) -> str:
-    """README.md of a bundle: what to type, what it was planned for and why, and what nobody has measured."""
-    checked = manifest["checked"]
-    lines = [HEAD.format(needs=needs(manifest), clocks=CLOCKS if manifest["jetpack"] else "", **manifest)]
+def format_readme(manifest: dict[str, Any], images: int, reasons: tuple[str, ...], remarks: tuple[str, ...]) -> str:
+    """Return README.md of a bundle: what to type, what it was planned for and why, and what was never measured."""
+    verify_images = manifest["verify_images"]
+    lines = [HEAD.format(needs=format_requirements(manifest), clocks=CLOCKS if manifest["jetpack"] else "", **manifest)]
     lines += ["| engine | from | precisions | must agree with the host |", "|---|---|---|---|"]
-    lines += [row(engine, checked) for engine in manifest["engines"]]
-    lines += ["", FILES.format(images=images, checked=checked)]
-    if why:
-        lines += ["", "## Why so", "", *(f"- {sentence[0].upper()}{sentence[1:]}." for sentence in why)]
+    lines += [format_engine(engine, verify_images) for engine in manifest["engines"]]
+    lines += ["", FILES.format(images=images, verify_images=verify_images)]
+    if reasons:
+        lines += ["", "## Reasons", "", *(f"- {sentence[0].upper()}{sentence[1:]}." for sentence in reasons)]
     if remarks:
-        lines += ["", "## What TensorRT may do otherwise than meant", "", *(f"- `{remark}`" for remark in remarks)]
-    lines += ["", "## What was never measured", "", never(manifest)]
+        lines += ["", "## What TensorRT may do differently", "", *(f"- `{remark}`" for remark in remarks)]
+    lines += ["", "## What was never measured", "", format_unmeasured(manifest)]
     return "\n".join(lines) + "\n"
 
 
-def needs(manifest: dict[str, Any]) -> str:
+def format_requirements(manifest: dict[str, Any]) -> str:
     if manifest["jetpack"]:
         return (
             f"It needs a {board(manifest['board']).title} with JetPack {manifest['jetpack']} "
@@ -77,18 +77,18 @@ def needs(manifest: dict[str, Any]) -> str:
     return f"It needs Python 3.6 or newer with numpy and {manifest['runtime']}."
 
 
-def row(engine: dict[str, Any], checked: int) -> str:
+def format_engine(engine: dict[str, Any], verify_images: int) -> str:
     source = f"`{engine['model']}`" + (f" with `{engine['cache']}`" if engine["cache"] else "")
     place = "" if engine["dla"] is None else f" on DLA {engine['dla']}"
-    kinds = "+".join(engine["precisions"]) + (", as the file says" if engine["typed"] else "") + place
-    share = f"{engine['agreement']:g} % of {checked} top classes" if engine["agreement"] else "–"
-    return f"| {engine['name']} | {source} | {kinds} | {share} |"
+    precisions = "+".join(engine["precisions"]) + (", as the file says" if engine["typed"] else "") + place
+    share = f"{engine['agreement']:g} % of {verify_images} top classes" if engine["agreement"] else "–"
+    return f"| {engine['name']} | {source} | {precisions} | {share} |"
 
 
-def never(manifest: dict[str, Any]) -> str:
+def format_unmeasured(manifest: dict[str, Any]) -> str:
     if manifest["runtime"] == "tensorrt":
         return (
             "That an engine builds, its accuracy, its speed and its power: no TensorRT ran where this folder was\n"
-            "made. The files were checked there with onnxruntime and against the rules of TensorRT's parser."
+            "written. The files were checked there with onnxruntime and against the rules of TensorRT's parser."
         )
     return "Its speed on this device: numbers from another machine are not given here."

@@ -1,4 +1,4 @@
-"""What a job on a bundle says while it runs, here or on a device: its progress shown, and its end in words."""
+"""The messages of a job on a bundle while it runs, here or on a device: its progress, its warnings, why it failed."""
 
 from __future__ import annotations
 
@@ -9,68 +9,73 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgekd.errors import EdgekdError
-from edgekd.utils.progress import Advance, bar
+from edgekd.utils.progress import Advance, progress_bar
 
 log = logging.getLogger(__name__)
-AGAIN = "type the same command again: it picks up what runs, and goes on from what is finished"
-LAST_WORDS = 5  # lines of a job that died without an explanation
+HINT_RESUME = "type the same command again: it finds a job that still runs, and continues from what is finished"
+LAST_LINES = 5  # of a job that ended without an explanation
 
 
-def heard(line: bytes) -> dict[str, Any]:
-    """What a line of a program of ours tells; nothing, where a shell or a runtime speaks."""
+def parse_message(line: bytes) -> dict[str, Any]:
+    """Return the message in a line of the runner or the agent; {} if a shell or a runtime printed the line."""
     try:
-        found = json.loads(line) if line.startswith(b"{") else {}
+        message = json.loads(line) if line.startswith(b"{") else {}
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return message if isinstance(message, dict) else {}
 
 
 @dataclass
-class Seen:
-    """What a job said so far."""
+class JobLog:
+    """The log of a job up to now."""
 
-    offset: int = 0  # bytes of its log
-    errors: dict[str, str] = field(default_factory=dict)  # with what helps
-    last: list[str] = field(default_factory=list)  # lines that are no progress
-    code: int | None = None  # its exit code, as a shell tells it; None: its end left none
+    offset: int = 0  # bytes that were read
+    errors: dict[str, str] = field(default_factory=dict)  # error -> hint
+    last: list[str] = field(default_factory=list)  # lines that are no messages
+    code: int | None = None  # the exit code, as a shell has it; None: it left none
 
-    def take(self, line: str) -> dict[str, Any]:
-        told = heard(line.encode())
-        if "error" in told:
-            self.errors[told["error"]] = told["hint"]
-        elif "warning" in told:
-            log.warning("warning: %s", told["warning"] + (f" ({told['hint']})" if told.get("hint") else ""))
-        elif not told and line.strip():
-            self.last = [*self.last, line.rstrip()][-LAST_WORDS:]
-        return told
+    def add_line(self, line: str) -> dict[str, Any]:
+        """Return the message in the line; keep errors and other output, log warnings."""
+        message = parse_message(line.encode())
+        if "error" in message:
+            self.errors[message["error"]] = message["hint"]
+        elif "warning" in message:
+            log.warning("warning: %s", message["warning"] + (f" ({message['hint']})" if message.get("hint") else ""))
+        elif not message and line.strip():
+            self.last = [*self.last, line.rstrip()][-LAST_LINES:]
+        return message
 
-    def failure(self, place: str, its_log: str = "") -> EdgekdError:
-        """What its end means; `place` is where it ran, `its_log` where all its words are."""
+    def error(self, machine: str, log_file: str = "") -> EdgekdError:
+        """Return the error of a job that failed on `machine`; `log_file` is where its whole log is."""
         if self.errors and (self.code or 0) < 128:
             hints = "; ".join(dict.fromkeys(filter(None, self.errors.values())))
-            return EdgekdError(f"{place}: {'; '.join(self.errors)}", hint=f"on {place}: {hints}. Then {AGAIN}")
+            return EdgekdError(
+                f"{machine}: {'; '.join(self.errors)}", hint=f"on {machine}: {hints}. Then {HINT_RESUME}"
+            )
         if self.code is None:
-            return EdgekdError(f"{place}: the job is gone; the device was switched off, or ended it", hint=AGAIN)
+            return EdgekdError(
+                f"{machine}: the job is gone; the device was switched off, or ended it", hint=HINT_RESUME
+            )
         end = f"was ended by signal {self.code - 128}" if self.code > 128 else f"ended with exit code {self.code}"
-        words = f"; its last words: {' / '.join(self.last)}" if self.last else ""
-        more = f". Its log is {its_log}" if its_log else ""
-        return EdgekdError(f"{place}: the job {end}{words}", hint=AGAIN + more)
+        last = f"; its last lines: {' / '.join(self.last)}" if self.last else ""
+        where = f". Its log is {log_file}" if log_file else ""
+        return EdgekdError(f"{machine}: the job {end}{last}", hint=HINT_RESUME + where)
 
 
-class Shown:
-    """A bar for every part of a job that counts on its own."""
+class ProgressBars:
+    """A progress bar for each part of a job that counts on its own."""
 
     def __init__(self, label: str, stack: ExitStack) -> None:
         self.label, self.stack = label, stack
         self.total, self.done = 0, 0
         self.advance: Advance | None = None
 
-    def __call__(self, told: dict[str, Any]) -> None:
-        if "progress" not in told:
+    def __call__(self, message: dict[str, Any]) -> None:
+        if "progress" not in message:
             return
-        if self.advance is None or told["of"] != self.total or told["progress"] < self.done:
+        if self.advance is None or message["of"] != self.total or message["progress"] < self.done:
             self.stack.close()
-            self.total, self.done = told["of"], 0
-            self.advance = self.stack.enter_context(bar(self.label, self.total))
-        self.advance(told["progress"] - self.done, note=told.get("note", ""))
-        self.done = told["progress"]
+            self.total, self.done = message["of"], 0
+            self.advance = self.stack.enter_context(progress_bar(self.label, self.total))
+        self.advance(message["progress"] - self.done, note=message.get("note", ""))
+        self.done = message["progress"]

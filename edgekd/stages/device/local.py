@@ -13,56 +13,54 @@ from typing import Any
 
 from edgekd.stages.device.bundle import Bundle
 from edgekd.stages.device.bundle_readme import COMMANDS
-from edgekd.stages.device.job_log import Seen, Shown
-from edgekd.stages.device.results import Returned, taken
+from edgekd.stages.device.job_log import JobLog, ProgressBars
+from edgekd.stages.device.results import DeviceResult, load_result
 from edgekd.utils import cpu
 
 HERE = "this machine"
 
 
-def look(bundle: Bundle) -> dict[str, Any]:
-    """What a measurement of `bundle` here depends on: versions, GPU, driver, processor.
+def probe(bundle: Bundle) -> dict[str, Any]:
+    """Return what a measurement of `bundle` here depends on: versions, GPU, driver, processor.
 
-    The runtime is asked in a process of its own. Raises EdgekdError with what is missing.
+    The runtime is loaded in a process of its own. Raises EdgekdError with what is missing.
     """
     with TemporaryDirectory() as out:
-        run(bundle, Path(out), ("doctor",))
-        found = json.loads((Path(out) / "doctor.json").read_text())
-    return {"versions": found["versions"], "device": found["device"], "processor": cpu.name()}
+        run_commands(bundle, Path(out), ("doctor",))
+        report = json.loads((Path(out) / "doctor.json").read_text())
+    return {"versions": report["versions"], "device": report["device"], "processor": cpu.name()}
 
 
-def measure(out: Path, bundle: Bundle) -> Returned:
+def measure(out: Path, bundle: Bundle) -> DeviceResult:
     """Build, verify and time what is in `bundle`, with live progress; engines and results are in `out`.
 
-    If it was interrupted, it goes on from what is there. Raises EdgekdError with the words of the runner.
+    An interrupted measurement continues from what is there. Raises EdgekdError with the message of the runner.
     """
-    run(bundle, out, COMMANDS)
-    return taken(out, bundle)
+    run_commands(bundle, out, COMMANDS)
+    return load_result(out, bundle)
 
 
-def run(bundle: Bundle, out: Path, commands: tuple[str, ...]) -> None:
-    """Commands of the runner, one after the other, until one does not end well: then raises EdgekdError."""
-    seen = Seen()
+def run_commands(bundle: Bundle, out: Path, commands: tuple[str, ...]) -> None:
+    """Run commands of the runner, one after the other. Raises EdgekdError for the first one that fails."""
+    job_log = JobLog()
     with ExitStack() as stack:
-        show = Shown(HERE, stack)
+        show = ProgressBars(HERE, stack)
         for command in commands:
-            seen.code = spoken(bundle, out, command, lambda line: show(seen.take(line)))
-            if seen.code:
+            job_log.code = run_command(bundle, out, command, lambda line: show(job_log.add_line(line)))
+            if job_log.code:
                 break
-    if seen.code:
-        raise seen.failure(HERE)
+    if job_log.code:
+        raise job_log.error(HERE)
 
 
-def spoken(bundle: Bundle, out: Path, command: str, hear: Callable[[str], None]) -> int:
-    """The exit code of one command, as a shell tells it; `hear` is called with every line that it says."""
+def run_command(bundle: Bundle, out: Path, command: str, on_line: Callable[[str], None]) -> int:
+    """Return the exit code of one command, as a shell has it; `on_line` gets every line of its output."""
     folder = bundle.folder.resolve()
-    words = [sys.executable, str(folder / "edgekd_runner.py"), command, "--bundle", str(folder), "--out", str(out)]
-    with subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as child:
+    argv = [sys.executable, str(folder / "runner.pyz"), command, "--bundle", str(folder), "--out", str(out)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as child:
         try:
             for line in child.stdout or ():
-                hear(line)
+                on_line(line)
         except BaseException:
             child.terminate()  # it ends its own children, and keeps what is finished
             raise

@@ -1,4 +1,4 @@
-"""Stage: measure a bundle on a device over SSH; the job there outlives the connection, a second call picks it up."""
+"""Stage: measure a bundle on a device over SSH; the job survives a lost connection, and a second call finds it."""
 
 from __future__ import annotations
 
@@ -16,159 +16,168 @@ from typing import Any, TypeVar
 
 from edgekd.errors import Busy, EdgekdError, StaleArtifact
 from edgekd.stages.device.bundle import MANIFEST, Bundle
-from edgekd.stages.device.job_log import AGAIN, Seen, Shown, heard
-from edgekd.stages.device.results import Returned, named_file, taken
-from edgekd.stages.device.ssh import Device, Lost, answer, sink, talk
-from edgekd.utils.cpu import TELLING
-from edgekd.utils.progress import bar
+from edgekd.stages.device.job_log import HINT_RESUME, JobLog, ProgressBars, parse_message
+from edgekd.stages.device.results import DeviceResult, is_result_file, load_result
+from edgekd.stages.device.ssh import ConnectionLost, Device, call_agent, run_agent, stdin_of
+from edgekd.utils.cpu import RELEVANT_FLAGS
+from edgekd.utils.progress import progress_bar
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-SPARE = 32 << 20  # bytes that results need beside the bundle
-WAITS_S = (1, 2, 4, 8, 15, 30, 30, 30, 30, 30, 30, 30, 30)  # between tries to connect again: five minutes in all
+SPARE_BYTES = 32 << 20  # that results need beside the bundle
+WAITS_S = (1, 2, 4, 8, 15, 30, 30, 30, 30, 30, 30, 30, 30)  # between attempts to reconnect: five minutes in all
 
 
 @dataclass(frozen=True)
-class Place:
-    """What a device is."""
+class DeviceInfo:
+    """The processor of a device."""
 
     machine: str  # "aarch64"
-    flags: tuple[str, ...] | None  # those of its processor that decide INT8 speed; None: it does not tell
+    flags: tuple[str, ...] | None  # those that decide INT8 speed; None: they cannot be read
 
 
-def look(out: Path, to: Device) -> Place:
-    """Connect for the first time. Raises TargetUnavailable where the device cannot be used."""
-    told = answer(to, "look", flags=TELLING)
-    return Place(told["machine"], None if told["flags"] is None else tuple(told["flags"]))
+def probe(out: Path, device: Device) -> DeviceInfo:
+    """Connect for the first time. Raises TargetUnavailable if the device cannot be used."""
+    reply = call_agent(device, "probe", flags=RELEVANT_FLAGS)
+    return DeviceInfo(reply["machine"], None if reply["flags"] is None else tuple(reply["flags"]))
 
 
-def measure(out: Path, bundle: Bundle, to: Device) -> Returned:
-    """Copy what of `bundle` is not there yet, run it on the device with live progress, bring the results to `out`.
+def measure(out: Path, bundle: Bundle, device: Device) -> DeviceResult:
+    """Copy the missing files of `bundle`, run it on the device with live progress, fetch the results into `out`.
 
-    Raises TargetUnavailable where the device cannot be reached, Busy where another bundle runs in its folder,
-    StaleArtifact where what comes back is not of this bundle, EdgekdError with the device's own words.
+    Raises:
+        TargetUnavailable: if the device cannot be reached.
+        Busy: if another bundle runs in its folder.
+        StaleArtifact: if the results are not of this bundle.
+        EdgekdError: with the message of the device.
     """
-    found = survey(to, bundle)
-    if found["finished"]:
-        log.info("%s: measured there before", to)
+    state = list_missing(device, bundle)
+    if state["finished"]:
+        log.info("%s: measured there before", device)
     else:
-        begin(to, bundle, found)
-        watch(to)
-    patiently(to, lambda: bring(to, out))
-    return taken(out, bundle)
+        start_job(device, bundle, state)
+        follow_job(device)
+    retry(device, lambda: fetch_results(device, out))
+    return load_result(out, bundle)
 
 
-def survey(to: Device, bundle: Bundle) -> dict[str, Any]:
-    files = {name: facts["sha256"] for name, facts in bundle.read()["files"].items()}
-    wanted = {"files": files | {MANIFEST: bundle.manifest.sha256}, "bundle": bundle.manifest.sha256}
-    return answer(to, "survey", folder=to.folder, words=to.options, **wanted)
+def list_missing(device: Device, bundle: Bundle) -> dict[str, Any]:
+    """Return which files the device lacks, and whether the bundle runs or has ended there."""
+    hashes = {name: record["sha256"] for name, record in bundle.read()["files"].items()}
+    files = hashes | {MANIFEST: bundle.manifest.sha256}
+    request = {"folder": device.folder, "options": device.options, "files": files, "bundle": bundle.manifest.sha256}
+    return call_agent(device, "list_missing", **request)
 
 
-def begin(to: Device, bundle: Bundle, found: dict[str, Any]) -> None:
+def start_job(device: Device, bundle: Bundle, state: dict[str, Any]) -> None:
     """Send what is missing, and start; a job of this bundle that runs already is left alone."""
-    if found["running"] not in (None, bundle.manifest.sha256):
+    if state["running"] not in (None, bundle.manifest.sha256):
         raise Busy(
-            f"{to}: another bundle runs in `{to.folder}` (process {found['pid']})",
+            f"{device}: another bundle runs in `{device.folder}` (process {state['pid']})",
             hint="wait until it ends, or name another folder",
         )
-    if found["running"] and found["words"] != to.options:
+    if state["running"] and state["options"] != device.options:
         raise Busy(
-            f"{to}: the bundle runs there as `{' '.join(['run.sh', *found['words']])}` (process {found['pid']})",
-            hint="wait until it ends, or ask for the same",
+            f"{device}: the bundle runs there as `{' '.join(['run.sh', *state['options']])}` (process {state['pid']})",
+            hint="wait until it ends, or use the same options",
         )
-    if found["running"]:
-        log.info("%s: it runs already (process %s)", to, found["pid"])
+    if state["running"]:
+        log.info("%s: it runs already (process %s)", device, state["pid"])
         return
-    if found["differing"]:
-        patiently(to, lambda: send(to, bundle))
-    job = {"bundle": bundle.manifest.sha256, "python": to.python, "words": to.options}
-    patiently(to, lambda: answer(to, "start", folder=to.folder, **job))
+    if state["missing"]:
+        retry(device, lambda: send_files(device, bundle))
+    job = {"bundle": bundle.manifest.sha256, "python": device.python, "options": device.options}
+    retry(device, lambda: call_agent(device, "start_job", folder=device.folder, **job))
 
 
-def send(to: Device, bundle: Bundle) -> None:
-    """Copy the files that are not there, or are others there; the manifest last."""
+def send_files(device: Device, bundle: Bundle) -> None:
+    """Copy the files that are missing or different there; the manifest last."""
     files = bundle.read()["files"]
-    found = survey(to, bundle)
-    names = sorted(set(found["differing"]) - {MANIFEST})
+    state = list_missing(device, bundle)
+    names = sorted(set(state["missing"]) - {MANIFEST})
     size = sum(files[name]["bytes"] for name in names)
-    if found["free"] < size + SPARE:
+    if state["free"] < size + SPARE_BYTES:
         raise EdgekdError(
-            f"{to}: the disk of `{to.folder}` is full: {found['free'] / 1e6:.0f} MB are free, "
-            f"{(size + SPARE) / 1e6:.0f} MB are needed",
+            f"{device}: the disk of `{device.folder}` is full: {state['free'] / 1e6:.0f} MB are free, "
+            f"{(size + SPARE_BYTES) / 1e6:.0f} MB are needed",
             hint="free some space there, or name a folder on another disk",
         )
-    log.info("%s: sending %d of %d files, %.1f MB", to, len(names), len(files), size / 1e6)
+    log.info("%s: sending %d of %d files, %.1f MB", device, len(names), len(files), size / 1e6)
     with (
-        bar(f"copy to {to}", len(names) + 1) as advance,
-        talk(to, "receive", folder=to.folder, files=list(files)) as process,
-        tarfile.open(fileobj=sink(process), mode="w|") as archive,
+        progress_bar(f"copy to {device}", len(names) + 1) as advance,
+        run_agent(device, "receive_files", folder=device.folder, files=list(files)) as process,
+        tarfile.open(fileobj=stdin_of(process), mode="w|") as archive,
     ):
         for name in [*names, MANIFEST]:
             path = bundle.folder / name
-            facts = archive.gettarinfo(path, name)
-            facts.uid = facts.gid = 0
-            facts.uname = facts.gname = ""
+            info = archive.gettarinfo(path, name)
+            info.uid = info.gid = 0
+            info.uname = info.gname = ""
             with path.open("rb") as content:
-                archive.addfile(facts, content)
+                archive.addfile(info, content)
             advance()
 
 
-def watch(to: Device) -> None:
-    """Show how far the job is until it ends; connects again when the connection breaks.
+def follow_job(device: Device) -> None:
+    """Show the progress of the job until it ends; reconnect when the connection breaks.
 
-    Raises EdgekdError with what the job said if it did not end well.
+    Raises EdgekdError with the messages of the job if it failed.
     """
-    seen = Seen()
+    job_log = JobLog()
     with ExitStack() as stack:
-        show = Shown(str(to), stack)
+        show = ProgressBars(str(device), stack)
 
-        def listen() -> None:
-            with talk(to, "follow", folder=to.folder, offset=seen.offset) as process:
+        def follow() -> None:
+            with run_agent(device, "follow_log", folder=device.folder, offset=job_log.offset) as process:
                 for line in process.stdout or ():
-                    told = heard(line)
-                    if "line" in told:
-                        seen.offset = told["at"]
-                        show(seen.take(told["line"]))
-                    elif "ended" in told:
-                        seen.code = told["code"]
+                    reply = parse_message(line)
+                    if "line" in reply:
+                        job_log.offset = reply["offset"]
+                        show(job_log.add_line(reply["line"]))
+                    elif "ended" in reply:
+                        job_log.code = reply["code"]
 
-        patiently(to, listen, lambda: seen.offset)
-    if seen.code != 0:
-        raise seen.failure(str(to), f"`{to.folder}/job.log` there")
+        retry(device, follow, lambda: job_log.offset)
+    if job_log.code != 0:
+        raise job_log.error(str(device), f"`{device.folder}/job.log` there")
 
 
-def patiently(to: Device, act: Callable[[], T], progress: Callable[[], Any] = lambda: None) -> T:
-    """`act()`, tried again where the connection breaks; as often anew once there was `progress`."""
-    tries, before = iter(WAITS_S), progress()
+def retry(device: Device, act: Callable[[], T], progress: Callable[[], Any] = lambda: None) -> T:
+    """Return `act()`, repeated when the connection breaks; `progress` that changed starts the count again."""
+    waits, before = iter(WAITS_S), progress()
     while True:
         try:
             return act()
-        except Lost as lost:
+        except ConnectionLost as error:
             if progress() != before:
-                tries, before = iter(WAITS_S), progress()
-            wait_s = next(tries, None)
+                waits, before = iter(WAITS_S), progress()
+            wait_s = next(waits, None)
             if wait_s is None:
-                raise Lost(f"{lost.what}, and could not for some minutes", hint=f"{lost.hint}. {AGAIN}") from None
-            log.warning("%s; trying again in %d s", lost.what, wait_s)
+                raise ConnectionLost(
+                    f"{error.what}, and could not for some minutes", hint=f"{error.hint}. {HINT_RESUME}"
+                ) from None
+            log.warning("%s; trying again in %d s", error.what, wait_s)
             time.sleep(wait_s)
 
 
-def bring(to: Device, out: Path) -> None:
-    """The result and its arrays into `out`, and nothing else that a device may send."""
-    with tempfile.TemporaryFile(dir=out) as kept:
-        with talk(to, "fetch", folder=to.folder) as process:
+def fetch_results(device: Device, out: Path) -> None:
+    """Write the result and its arrays into `out`, and nothing else that a device may send."""
+    with tempfile.TemporaryFile(dir=out) as received:
+        with run_agent(device, "send_results", folder=device.folder) as process:
             stream = process.stdout or io.BytesIO()
-            while (line := stream.readline()) and not heard(line).get("tar"):
+            while (line := stream.readline()) and not parse_message(line).get("tar"):
                 pass
-            shutil.copyfileobj(stream, kept)
-        kept.seek(0)
+            shutil.copyfileobj(stream, received)
+        received.seek(0)
         try:
-            with tarfile.open(fileobj=kept, mode="r") as archive:
+            with tarfile.open(fileobj=received, mode="r") as archive:
                 for member in archive:
                     content = archive.extractfile(member) if member.isfile() else None
-                    if content is None or not named_file(member.name):
-                        raise StaleArtifact(f"{to} sent `{member.name}`, which is no result", hint="do not trust it")
+                    if content is None or not is_result_file(member.name):
+                        raise StaleArtifact(
+                            f"{device} sent `{member.name}`, which is no result", hint="do not trust it"
+                        )
                     with (out / member.name).open("wb") as goal:
                         shutil.copyfileobj(content, goal)
         except tarfile.TarError as error:
-            raise StaleArtifact(f"what {to} sent is not whole: {error}", hint=AGAIN) from error
+            raise StaleArtifact(f"the archive from {device} is incomplete: {error}", hint=HINT_RESUME) from error

@@ -1,7 +1,7 @@
-"""The form of a result.json and of a bundle's manifest.json: all that edgekd reads of them, by name and type.
+"""Schemas of a result.json and of a bundle's manifest.json: all that edgekd reads of them, by name and type.
 
-Both may come from a device, or from a person; what else they hold is let through. A runner of another version may add
-keys, and leaves out what a device cannot tell.
+Both may come from a device, or from a person; other keys are ignored. A runner of another version may add keys, and
+leaves out what a device cannot measure.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from edgekd.core.artifact import Floats
+from edgekd.core.artifact import ComputePrecision
 from edgekd.core.bench_result import Role
 
 Count = Annotated[int, Field(ge=1)]
@@ -20,18 +20,18 @@ Times = Annotated[list[Time], Field(min_length=1)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class Listed(TypedDict):
+class FileRecord(TypedDict):
     sha256: Sha256
 
 
-class Verified(TypedDict):
+class EngineVerdict(TypedDict):
     name: str
     passes: bool
     reason: str
 
 
 class Verify(TypedDict):
-    engines: list[Verified]
+    engines: list[EngineVerdict]
 
 
 class Warmup(TypedDict):
@@ -41,13 +41,13 @@ class Warmup(TypedDict):
 class Model(TypedDict):
     name: str
     sha256: Sha256
-    precision: str
+    compute_precision: str
     warmup: NotRequired[Warmup]
     load_ms: NotRequired[Time | None]
     compile_ms: NotRequired[Time | None]
     first_ms: NotRequired[Time | None]
     compute_ms: NotRequired[Times | None]
-    under_way: NotRequired[Count]
+    calls_in_flight: NotRequired[Count]
 
 
 class Machine(TypedDict):
@@ -71,8 +71,8 @@ class Conditions(TypedDict):
 
 
 class Protocol(TypedDict):
-    blocks: Count
-    calls: Count
+    rounds: Count
+    calls_per_round: Count
     seed: int
     warmup_s: Time
     warmup_calls: int
@@ -84,11 +84,11 @@ class Runtime(TypedDict):
     threads: Count
 
 
-class Point(TypedDict):
+class OperatingPoint(TypedDict):
     before: dict[str, Any]
 
 
-class Best(TypedDict):
+class Recommendation(TypedDict):
     name: str | None
 
 
@@ -98,21 +98,21 @@ class Bench(TypedDict):
     conditions: Conditions
     protocol: Protocol
     models: Annotated[list[Model], Field(min_length=2)]  # the last is the A/A control
-    sessions: list[Any]
+    processes: list[Any]
     locked: bool
     invalid: list[str]
-    points: NotRequired[list[Point] | None]
-    recommended: NotRequired[Best | None]
+    operating_points: NotRequired[list[OperatingPoint] | None]
+    recommended: NotRequired[Recommendation | None]
 
 
-class Drawn(TypedDict):
+class EngineEnergy(TypedDict):
     name: str
     mj: float
     net_mj: float
 
 
 class Energy(TypedDict):
-    engines: NotRequired[list[Drawn]]
+    engines: NotRequired[list[EngineEnergy]]
     invalid: NotRequired[list[str]]
     reason: NotRequired[str]
 
@@ -133,23 +133,23 @@ class Doctor(TypedDict):
     board: NotRequired[Board | None]
     device: NotRequired[Gpu | None]
     l4t: NotRequired[str | None]
-    differs: NotRequired[list[Difference]]
+    differences: NotRequired[list[Difference]]
 
 
-class Made(TypedDict):
+class BuiltEngine(TypedDict):
     name: str
     error: NotRequired[str]
 
 
 class Build(TypedDict):
-    engines: NotRequired[list[Made]]
+    engines: NotRequired[list[BuiltEngine]]
 
 
 class Result(TypedDict):
     """A result.json. Parts of a run that was cut off are null."""
 
     bundle: Sha256
-    files: dict[str, Listed]
+    files: dict[str, FileRecord]
     verify: Verify | None
     bench: Bench | None
     energy: NotRequired[Energy | None]
@@ -166,8 +166,8 @@ class Engine(TypedDict):
     precisions: Annotated[list[Literal["fp32", "fp16", "int8"]], Field(min_length=1)]
     macs: int
     parameters: int
-    knows: NotRequired[bool]
-    floats: NotRequired[Floats]
+    predicts_labels: NotRequired[bool]
+    compute_precision: NotRequired[ComputePrecision]
 
 
 class Manifest(TypedDict):
@@ -175,7 +175,8 @@ class Manifest(TypedDict):
 
     target: str
     engines: Annotated[list[Engine], Field(min_length=1)]
-    files: dict[str, Listed]
+    files: dict[str, FileRecord]
     inputs: str
     labels: str | None
+    task: dict[str, Any]
     threads: int

@@ -1,1 +1,1 @@
-"""Prepare data, rehearse a lesson, teach it, grade what was learnt."""
+"""Prepare a data set, dry-run a method, train with it, evaluate the student."""

@@ -1,4 +1,4 @@
-"""Stage 2: teach a network by playing a method's script, remembering every finished phase."""
+"""Stage 2: train a network by running the phases of a method; every finished phase is saved."""
 
 from __future__ import annotations
 
@@ -17,174 +17,201 @@ import torch
 from torch import nn
 
 from edgekd.core import plugins, serialization
-from edgekd.core.artifact import File, Learnt, PhaseRecord, Weights
-from edgekd.core.dataset import Augment, Task
-from edgekd.core.method import Lesson, Method, Outcome, Phase, play
+from edgekd.core.artifact import File, LearnedRange, PhaseRecord, Weights
+from edgekd.core.augment import Augment
+from edgekd.core.dataset import PreparedDataset
+from edgekd.core.method import Method, Phase, PhaseResult, TrainingContext, run_phases
 from edgekd.core.model import Model
-from edgekd.core.step_cache import KEEP
-from edgekd.core.target import Pricing
-from edgekd.stages.distill.setup import Course, a_trainer, checked, the_lesson
+from edgekd.core.step_cache import WORK_DIR
+from edgekd.core.target import TargetProbe
+from edgekd.stages.distill.setup import TrainingPlan, build_context, build_trainer, check_output
 from edgekd.training import checkpoint as checkpoint_module
-from edgekd.training.architecture_diff import difference
-from edgekd.training.trained_model import Trained, built
-from edgekd.training.trainer import TrainConfig, Trainer, freeze
-from edgekd.training.trainer import replace as write
-from edgekd.utils.progress import bar
+from edgekd.training.architecture_diff import diff_architectures
+from edgekd.training.trained_model import TrainedModel, build_network
+from edgekd.training.trainer import TrainConfig, Trainer, freeze, save_atomic
+from edgekd.utils.progress import progress_bar
 
 log = logging.getLogger(__name__)
-LITTLE = 0.2  # of what lies between chance and no mistake
+NEAR_CHANCE = 0.2  # of the range from chance to 100 %: accuracy below it looks like a mistake
 
 
 def distill(
     out: Path,
     name: str,
-    task: Task,
+    dataset: PreparedDataset,
     model: Model,
     method: Method,
-    course: Course,
-    teachers: tuple[Trained, ...],
-    pricing: Pricing | None = None,
-) -> tuple[Trained, ...]:
-    """The networks that `method` makes of `model`. Phases found in `out` are replayed, not trained again.
+    plan: TrainingPlan,
+    teachers: tuple[TrainedModel, ...],
+    probe: TargetProbe | None = None,
+) -> tuple[TrainedModel, ...]:
+    """Train `model` by `method`. Phases that are saved in `out` are loaded, not trained again.
 
-    Returns one network for most methods, several for those that make a family. `pricing` knows the target, for
-    methods that ask about it.
+    Args:
+        out: folder of the step.
+        name: of the student, and of its file.
+        dataset: to train and validate with.
+        model: of the student.
+        method: that trains it.
+        plan: budget, optimiser, augmentation, labels.
+        teachers: of the method, in order.
+        probe: of the first target, for methods that need it.
+
+    Returns:
+        One network for most methods, several for methods that train a family.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trainer = a_trainer(task, course, device)
+    trainer = build_trainer(dataset, plan, device)
     trainer.reseed(-1)
 
     networks = (t.network() for t in teachers)
-    notes: dict[str, Any] = {}
-    ranges: dict[str, tuple[Learnt, ...]] = {}
-    lesson = replace(
-        the_lesson(task, model, networks, [t.classes for t in teachers], trainer, course.epochs),
-        price=remembered(pricing, out / KEEP) if pricing and pricing.possible() else None,
-        note=notes.__setitem__,
-        blueprint=partial(pricing.blueprint, out / KEEP / "draft") if pricing and pricing.drafts() else None,
-        learnt=ranges.__setitem__,
+    choices: dict[str, Any] = {}
+    ranges: dict[str, tuple[LearnedRange, ...]] = {}
+    ctx = replace(
+        build_context(dataset, model, networks, [t.classes for t in teachers], trainer, plan.epochs),
+        latency_ms=cache_latencies(probe, out / WORK_DIR) if probe and probe.can_measure() else None,
+        log_choice=choices.__setitem__,
+        quant_spec=partial(probe.quant_spec, out / WORK_DIR / "draft") if probe and probe.has_int8() else None,
+        save_ranges=ranges.__setitem__,
     )
-    freeze(lesson)
-    played = Played(out / KEEP, trainer, lesson, name)
-    with played.progress():
-        students = play(method.teach(lesson), played.run)
-    fresh = built(model, len(task.classes), task.shape[0])
-    made = []
+    freeze(ctx)
+    runner = PhaseRunner(out / WORK_DIR, trainer, ctx, name)
+    with runner.progress():
+        students = run_phases(method.phases(ctx), runner.run)
+    fresh = build_network(model, len(dataset.classes), dataset.shape[0])
+    trained = []
     for key, module in students.items():
-        called = name if key == "student" else f"{name}-{key}"
-        path = out / f"{called}.safetensors"
+        student_name = name if key == "student" else f"{name}-{key}"
+        path = out / f"{student_name}.safetensors"
         checkpoint_module.save(module, path)
-        story = Weights(
+        weights = Weights(
             file=File.of(path),
-            name=called,
+            name=student_name,
             method=plugins.name_of(method),
             parameters=sum(p.numel() for p in module.parameters()),
-            valid_accuracy=None if course.with_validation else trainer.accuracy(module),
-            seconds=round(sum(record.seconds for record in played.records), 3),
-            phases=tuple(played.records),
-            notes=notes or None,
+            valid_accuracy=None if plan.train_on_validation else trainer.accuracy(module),
+            seconds=round(sum(record.seconds for record in runner.records), 3),
+            phases=tuple(runner.records),
+            notes=choices or None,
             ranges=ranges.get(key, ()),
         )
-        made.append(Trained(model, story, task.classes, task.shape[0], difference(fresh, module)))
-    return tuple(made)
+        trained.append(
+            TrainedModel(model, weights, dataset.classes, dataset.shape[0], diff_architectures(fresh, module))
+        )
+    return tuple(trained)
 
 
-def remembered(pricing: Pricing, home: Path) -> Callable[[nn.Module], float]:
-    """Latencies by number of the question: a script that is replayed must be told what it was told before."""
+def cache_latencies(probe: TargetProbe, home: Path) -> Callable[[nn.Module], float]:
+    """Return `probe.latency_ms`, cached by the number of the call: a method that resumes must get the same values."""
     numbers = itertools.count()
 
-    def price(module: nn.Module) -> float:
+    def latency_ms(module: nn.Module) -> float:
         slot = home / f"price-{next(numbers)}.json"
         if not slot.exists():
             home.mkdir(parents=True, exist_ok=True)
-            found = pricing.price_ms(home / "price", module)
+            ms = probe.latency_ms(home / "price", module)
             partial = slot.with_suffix(".partial")
-            partial.write_text(json.dumps(found))
+            partial.write_text(json.dumps(ms))
             partial.rename(slot)
         return float(json.loads(slot.read_text()))
 
-    return price
+    return latency_ms
 
 
-def adopt(
-    out: Path, name: str, task: Task, model: Model, checkpoint: File, trust: bool, outputs: int | None = None
-) -> Trained:
-    """A network whose weights exist already. Raises CheckpointError if they do not fit.
+def load_pretrained(
+    out: Path,
+    name: str,
+    dataset: PreparedDataset,
+    model: Model,
+    checkpoint: File,
+    allow_pickle: bool,
+    num_classes: int | None = None,
+) -> TrainedModel:
+    """Load a network from a checkpoint.
 
-    With `outputs` it answers for that many classes which are not those of the task.
+    Args:
+        num_classes: of the network, if they are not those of the data set.
+
+    Raises:
+        CheckpointError: if the weights do not fit.
     """
-    classes = task.classes if outputs is None else ("",) * outputs
-    module = built(model, len(classes), task.shape[0])
-    checkpoint_module.load(module, checkpoint.path, trust)
-    course = Course(epochs=1, train=TrainConfig(), augment=Augment(), seed=0)
-    trainer = a_trainer(task, course, torch.device("cpu"))
+    classes = dataset.classes if num_classes is None else ("",) * num_classes
+    module = build_network(model, len(classes), dataset.shape[0])
+    checkpoint_module.load(module, checkpoint.path, allow_pickle)
+    plan = TrainingPlan(epochs=1, train=TrainConfig(), augment=Augment(), seed=0)
+    trainer = build_trainer(dataset, plan, torch.device("cpu"))
     path = out / f"{name}.safetensors"
     checkpoint_module.save(module, path)
     count = sum(p.numel() for p in module.parameters())
-    accuracy = (
-        None if outputs else trainer.accuracy(checked(name, module, next(trainer.sample(1)).x[:2], task.answer(2)))
-    )
-    return Trained(model, Weights(File.of(path), name, "", count, accuracy, 0.0), classes, task.shape[0])
+    accuracy = None
+    if not num_classes:
+        x = next(trainer.first_batches(1)).images[:2]
+        accuracy = trainer.accuracy(check_output(name, module, x, dataset.outputs()))
+    return TrainedModel(model, Weights(File.of(path), name, "", count, accuracy, 0.0), classes, dataset.shape[0])
 
 
-def introduce(teacher: Trained, task: Task) -> None:
-    """Say how good an adopted network is on this task: one that sees other inputs than it learnt from guesses."""
+def log_teacher_accuracy(teacher: TrainedModel, dataset: PreparedDataset) -> None:
+    """Log a pretrained teacher's validation accuracy; warn if it is near chance (usually a normalization mismatch)."""
     accuracy = teacher.weights.valid_accuracy
     if accuracy is None:
         return
-    log.info("%s: right on %.1f %% of validation data, as it came", teacher.weights.name, 100 * accuracy)
-    chance = 1 / len(task.classes)
-    if not task.dense and accuracy - chance < LITTLE * (1 - chance):
+    log.info("%s: %.1f %% validation accuracy (pretrained)", teacher.weights.name, 100 * accuracy)
+    chance = dataset.task.chance(len(dataset.classes))
+    if chance is not None and accuracy - chance < NEAR_CHANCE * (1 - chance):
         log.warning(
-            "%s: that is little more than chance; look at `scale` (the mean and std that it was trained with), at the "
-            "order of its classes (edgekd sorts their names) and at the size of the images",
+            "%s: this is near chance; check `normalize` (the mean and std that it was trained with), the order of its "
+            "classes (edgekd sorts their names) and the size of the images",
             teacher.weights.name,
         )
 
 
-class Played:
-    """Runs the phases of one script, in order; a phase that `home` holds is recalled."""
+class PhaseRunner:
+    """Runs the phases of a method, in order; a phase that is saved in `home` is loaded."""
 
-    def __init__(self, home: Path, trainer: Trainer, lesson: Lesson, name: str) -> None:
-        self.home, self.trainer, self.lesson, self.name = home, trainer, lesson, name
+    def __init__(self, home: Path, trainer: Trainer, ctx: TrainingContext, name: str) -> None:
+        self.home, self.trainer, self.ctx, self.name = home, trainer, ctx, name
         self.records: list[PhaseRecord] = []
         self.numbers = itertools.count()
 
     @contextmanager
     def progress(self) -> Iterator[None]:
-        with bar(f"{self.name}: epochs", self.lesson.epochs) as self.advance:
+        """Show a progress bar over the epochs."""
+        with progress_bar(f"{self.name}: epochs", self.ctx.epochs) as self.advance:
             yield
 
-    def run(self, phase: Phase) -> Outcome:
+    def run(self, phase: Phase) -> PhaseResult:
+        """Train a phase, or load it, and return its result."""
         number = next(self.numbers)
         slot = self.home / f"{number:02d}-{re.sub(r'[^a-z0-9]+', '-', phase.name.lower())}"
-        record = recall(slot, phase)
+        record = load_phase(slot, phase)
         if record is None:
             slot.mkdir(parents=True, exist_ok=True)
-            outcome, curve = self.trainer.run(phase, self.lesson, 2 * number, slot / "epoch.pt", self.advance)
+            result, curve = self.trainer.run(phase, self.ctx, 2 * number, slot / "epoch.pt", self.advance)
             seconds = round(sum(epoch.seconds for epoch in curve), 3)
-            record = PhaseRecord(phase.name, phase.epochs, outcome.losses, outcome.accuracy, seconds, curve)
-            keep(slot, phase, record)
+            record = PhaseRecord(phase.name, phase.epochs, result.losses, result.accuracy, seconds, curve)
+            save_phase(slot, phase, record)
         else:
             self.advance(phase.epochs)
         self.records.append(record)
-        self.trainer.reseed(2 * number + 1)  # what the script draws next is the same after a replay
-        return Outcome(dict(record.losses), record.accuracy)
+        self.trainer.reseed(2 * number + 1)  # random numbers that the method draws next are the same after a resume
+        return PhaseResult(dict(record.losses), record.accuracy)
 
 
-def keep(slot: Path, phase: Phase, record: PhaseRecord) -> None:
-    write(slot / "trains.pt", [m.state_dict() for m in phase.trains])
+def save_phase(slot: Path, phase: Phase, record: PhaseRecord) -> None:
+    """Save the modules and the record of a finished phase."""
+    save_atomic(slot / "trains.pt", [m.state_dict() for m in phase.trains])
     partial = slot / "phase.json.partial"
     partial.write_text(json.dumps(asdict(record)))
-    partial.rename(slot / "phase.json")  # last: marks the slot complete
+    partial.rename(slot / "phase.json")  # last: it marks the slot as complete
     (slot / "epoch.pt").unlink(missing_ok=True)
 
 
-def recall(slot: Path, phase: Phase) -> PhaseRecord | None:
+def load_phase(slot: Path, phase: Phase) -> PhaseRecord | None:
+    """Load the modules of a finished phase and return its record; None if it is not finished."""
     if not (slot / "phase.json").exists():
         return None
     states = torch.load(slot / "trains.pt", weights_only=True)
     for module, state in zip(phase.trains, states, strict=True):
         module.load_state_dict(state)
         module.eval()
-    return serialization.load(PhaseRecord, json.loads((slot / "phase.json").read_text()))
+    return serialization.from_json(PhaseRecord, json.loads((slot / "phase.json").read_text()))

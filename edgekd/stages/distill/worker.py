@@ -1,4 +1,4 @@
-"""Teach one contender of a comparison in a process of its own, so that its seconds and its memory are its alone."""
+"""Train in a separate process, so that time and memory of each training are measured separately."""
 
 from __future__ import annotations
 
@@ -19,142 +19,144 @@ from typing import Any, NoReturn
 
 import torch
 
-from edgekd.core.dataset import Task
+from edgekd.core.dataset import PreparedDataset
 from edgekd.core.method import Method
 from edgekd.core.model import Model
-from edgekd.core.step_cache import KEEP
-from edgekd.core.target import Pricing
+from edgekd.core.step_cache import WORK_DIR
+from edgekd.core.target import TargetProbe
 from edgekd.errors import EdgekdError, TrainingError
 from edgekd.stages.distill.distill import distill
-from edgekd.stages.distill.setup import Course
-from edgekd.training.trained_model import Trained
+from edgekd.stages.distill.setup import TrainingPlan
+from edgekd.training.trained_model import TrainedModel
 from edgekd.utils import cpu as cpu_module
+from edgekd.utils.stopping import stoppable
 
 
 @dataclass(frozen=True)
-class Taught:
-    """What one contender made with one seed, and what that took."""
+class TrainingRun:
+    """The students of one training, and its cost."""
 
-    students: tuple[Trained, ...]
-    # of the whole lesson; None: it was interrupted
+    students: tuple[TrainedModel, ...]
+    # of the whole training; None: it was interrupted
     seconds: float | None
-    cpu_seconds: float | None  # of all its threads: what it took however busy the machine was
+    cpu_seconds: float | None  # of all its threads, independent of other load
     memory_bytes: int | None  # at its peak
-    processor: str  # or accelerator, on which it was taught
-    threads: int  # of the lesson
-    jobs: int  # lessons that may have run at the same time
+    processor: str  # or accelerator
+    threads: int  # of the training
+    jobs: int  # trainings that may have run at the same time
 
 
-class Classroom:
-    """Holds lessons in processes of their own, up to `jobs` at a time. To leave it is to end those that still run."""
+class WorkerPool:
+    """Trains in separate processes, up to `jobs` at a time. Leaving the context ends those that still run."""
 
     def __init__(self, jobs: int, threads: int) -> None:
         self.jobs, self.threads = jobs, threads
-        self.lessons: set[SpawnProcess] = set()
+        self.processes: set[SpawnProcess] = set()
         self.lock, self.closed = threading.Lock(), False
 
-    def __enter__(self) -> Classroom:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         with self.lock:
             self.closed = True
-            for process in self.lessons:
+            for process in self.processes:
                 process.terminate()
 
-    def teach(
+    def distill(
         self,
         out: Path,
         name: str,
-        task: Task,
+        dataset: PreparedDataset,
         model: Model,
         method: Method,
-        course: Course,
-        teachers: tuple[Trained, ...],
-        pricing: Pricing | None,
-    ) -> Taught:
+        plan: TrainingPlan,
+        teachers: tuple[TrainedModel, ...],
+        probe: TargetProbe | None,
+    ) -> TrainingRun:
         """`distill` in a new process. What it raises there is raised here. Raises TrainingError if it was killed."""
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe(duplex=False)
-        # bars of several lessons would write over each other
+        # progress bars of several processes would overwrite each other
         level = logging.getLogger("edgekd").getEffectiveLevel() if self.jobs == 1 else logging.ERROR
-        asked = (out, name, task, model, method, course, teachers, pricing)
-        process = context.Process(target=hold, args=(there, self.jobs, self.threads, level, asked))
+        arguments = (out, name, dataset, model, method, plan, teachers, probe)
+        process = context.Process(target=worker_main, args=(there, self.jobs, self.threads, level, arguments))
         with self.lock:
             if self.closed:
                 raise TrainingError(f"{name}: the comparison has ended")
             process.start()
-            self.lessons.add(process)
-        there.close()  # so that the end of the process is the end of the pipe
+            self.processes.add(process)
+        there.close()  # so that the pipe ends with the process
         with here:
             try:
-                answer = here.recv()
+                result = here.recv()
             except EOFError:
-                answer = None
+                result = None
         process.join()
         with self.lock:
-            self.lessons.remove(process)
-        if isinstance(answer, Exception):
-            raise answer
-        if not isinstance(answer, Taught):
-            raise lost(process.exitcode or 0)
-        return answer
+            self.processes.remove(process)
+        if isinstance(result, Exception):
+            raise result
+        if not isinstance(result, TrainingRun):
+            raise worker_died(process.exitcode or 0)
+        return result
 
 
-def lost(code: int) -> TrainingError:
+def worker_died(code: int) -> TrainingError:
+    """Return the error for a process that ended with an exit code and no result."""
     ended = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
     short = "if memory was short use fewer --jobs, or a smaller batch; " if code == -signal.SIGKILL else ""
     return TrainingError(
-        f"the process of the lesson {ended}",
-        hint=f"{short}the same command again goes on where this one stopped",
+        f"the training process {ended}",
+        hint=f"{short}run the same command again to resume",
     )
 
 
-def hold(answer: Connection, jobs: int, threads: int, level: int, asked: tuple[Any, ...]) -> None:
-    """The life of a lesson's process."""
-    signal.signal(signal.SIGTERM, leave)
+def worker_main(results: Connection, jobs: int, threads: int, level: int, arguments: tuple[Any, ...]) -> None:
+    """Run one training in a worker process, and send its result or its error."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
     logging.getLogger("edgekd").setLevel(level)
     torch.set_num_threads(threads)
-    try:
-        answer.send(taught(jobs, threads, *asked))
-    except (EdgekdError, OSError) as error:
-        answer.send(error)
+    with stoppable(exit_on_signal):
+        try:
+            results.send(run_training(jobs, threads, *arguments))
+        except (EdgekdError, OSError) as error:
+            results.send(error)
 
 
-def leave(number: int, frame: object) -> NoReturn:
-    """Unlike a plain death by SIGTERM, this ends the programs that the lesson started, too."""
+def exit_on_signal(number: int, frame: object) -> NoReturn:
+    """Exit normally on SIGTERM, which also ends the programs that the training started."""
     sys.exit(128 + number)
 
 
 def end_with_parent() -> None:
-    """A lesson whose parent was killed would write into the same files as the next comparison."""
+    """Exit when the parent is killed: otherwise it would write into the same files as the next comparison."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)
 
 
-def taught(jobs: int, threads: int, out: Path, *asked: Any) -> Taught:
-    """`distill(out, *asked)`, with what it took; an interrupted one is not known to the end."""
-    whole = not (out / KEEP).exists()
+def run_training(jobs: int, threads: int, out: Path, *arguments: Any) -> TrainingRun:
+    """Run `distill(out, *arguments)` and measure its cost; a resumed training has no time and memory."""
+    whole = not (out / WORK_DIR).exists()
     wall, cpu = time.perf_counter(), time.process_time()
-    students = distill(out, *asked)
+    students = distill(out, *arguments)
     wall, cpu = round(time.perf_counter() - wall, 3), round(time.process_time() - cpu, 3)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_module.name()
     if not whole:
-        return Taught(students, None, None, None, device, threads, jobs)
-    return Taught(students, wall, cpu, peak_bytes(), device, threads, jobs)
+        return TrainingRun(students, None, None, None, device, threads, jobs)
+    return TrainingRun(students, wall, cpu, peak_bytes(), device, threads, jobs)
 
 
 def peak_bytes() -> int:
-    """The most memory that this process held at any time: of the accelerator if there is one."""
+    """Return the most memory that this process held at any time: of the accelerator if there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
-    # Linux hands the parent's ru_maxrss down, VmHWM starts anew
+    # Linux hands the parent's ru_maxrss down, VmHWM starts again
     for line in lines:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

@@ -1,1 +1,1 @@
-"""Stage: why an INT8 file is not faster or not accurate, and the switch to change. Begin with look.py."""
+"""Stage: why an INT8 file is not faster or not accurate, and what to change. Begin with explain.py."""

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from edgekd.stages.explain.layer_error import Loss
-from edgekd.stages.explain.layers import Layer
+from edgekd.stages.explain.layer_error import LayerError
+from edgekd.stages.explain.layers import QuantizedLayer
 from edgekd.stages.explain.speed_causes import Cause, percent
 
 FEW_STEPS = 16  # of 127, for the largest weight of a channel: less than 5 bits with the sign
@@ -18,8 +18,8 @@ AGREEMENT = 99.0  # percent
 MARGIN_DB = 1.0  # of a loss that is told as the worst
 
 
-def accuracy(
-    layers: list[Layer], losses: list[Loss], agreement: float | None, x86: bool, vnni: bool
+def accuracy_causes(
+    layers: list[QuantizedLayer], losses: list[LayerError], agreement: float | None, x86: bool, vnni: bool
 ) -> Iterator[Cause]:
     """What costs accuracy, as far as it can be seen."""
     wide = [layer for layer in layers if layer.full_range and layer.activation in ("uint8", "dynamic")]
@@ -38,11 +38,11 @@ def accuracy(
             "accuracy",
             f"{len(weak)} layers have one weight scale for all channels: channel {worst.channel} of `{worst.node}` "
             f"is left with {worst.weakest} of 127 steps",
-            "edgekd quantize --per-channel; where the runtime takes one scale only: --equalize",
+            "edgekd quantize --per-channel; where the runtime takes one scale only: --cross-layer-equalization",
             "onnxruntime: per_channel=True",
             1 - worst.weakest / 127,
         )
-    yield from ranges(losses)
+    yield from range_causes(losses)
     if agreement is not None and agreement < AGREEMENT:
         worst_loss = min(losses, key=lambda one: one.whole_db, default=None)
         where = f"; least exact is `{worst_loss.tensor}` ({worst_loss.whole_db:.0f} dB)" if worst_loss else ""
@@ -55,7 +55,7 @@ def accuracy(
         )
 
 
-def ranges(losses: list[Loss]) -> Iterator[Cause]:
+def range_causes(losses: list[LayerError]) -> Iterator[Cause]:
     """Activations whose range is too tight, too wide, or that 8 bits cannot hold."""
     poor = sorted((one for one in losses if one.own_db < OWN_DB), key=lambda one: one.own_db)
     tight = [one for one in poor if one.clipped >= CLIPPED]
@@ -92,10 +92,10 @@ def ranges(losses: list[Loss]) -> Iterator[Cause]:
         )
 
 
-def named(text: str, losses: list[Loss]) -> str:
+def named(text: str, losses: list[LayerError]) -> str:
     return text if len(losses) == 1 else f"{text}, and {len(losses) - 1} more tensors"
 
 
-def badness(one: Loss) -> float:
+def badness(one: LayerError) -> float:
     """From 0 for OWN_DB and more to 1 for an error as large as the values."""
     return float(np.clip(1 - one.own_db / OWN_DB, 0.0, 1.0))

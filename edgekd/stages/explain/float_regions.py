@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgekd.onnx.graph import DEQUANTIZE, QUANTIZE, View, label
+from edgekd.onnx.graph import DEQUANTIZE, QUANTIZE, GraphView, node_label
 from edgekd.onnx.ops import WEIGHTED
-from edgekd.stages.explain.ort_profile import PAIRS, REORDERS, Operator, Profile
+from edgekd.stages.explain.ort_profile import QDQ_OPS, REORDERS, Operator, Profile
 
 if TYPE_CHECKING:
     import onnx
@@ -28,7 +28,7 @@ LOWEST = {"uint8": 0, "int8": -128}
 
 
 @dataclass(frozen=True)
-class Island:
+class FloatRegion:
     """Operators that touch each other and all run in float, with the pairs around them."""
 
     operators: tuple[Operator, ...]  # float ones and pairs
@@ -46,10 +46,10 @@ class Island:
 
     @property
     def pairs(self) -> int:
-        return sum(o.op in PAIRS for o in self.operators)
+        return sum(o.op in QDQ_OPS for o in self.operators)
 
 
-def islands(view: View, profile: Profile) -> list[Island]:
+def find_float_regions(view: GraphView, profile: Profile) -> list[FloatRegion]:
     """The float parts of the optimised graph, the slowest first. `view` shows the file as it was written."""
     members = [i for i, o in enumerate(profile.operators) if o.kind in ("float", "pairs") or o.op in REORDERS]
     nodes = profile.graph.node
@@ -75,54 +75,54 @@ def islands(view: View, profile: Profile) -> list[Island]:
     parts: dict[int, list[int]] = {}
     for i in members:
         parts.setdefault(root(i), []).append(i)
-    found = [island(view, profile, part, maker) for part in parts.values()]
-    return sorted(found, key=lambda one: -one.us)
+    regions = [build_float_region(view, profile, part, maker) for part in parts.values()]
+    return sorted(regions, key=lambda one: -one.us)
 
 
-def island(view: View, profile: Profile, part: list[int], maker: dict[str, int]) -> Island:
+def build_float_region(view: GraphView, profile: Profile, part: list[int], maker: dict[str, int]) -> FloatRegion:
     nodes, operators, inside = profile.graph.node, profile.operators, set(part)
-    made = {name for i in part for name in nodes[i].output}
+    outputs = {name for i in part for name in nodes[i].output}
     before = {maker[name] for i in part for name in nodes[i].input if name in maker} - inside
-    behind = {i for i in range(len(nodes)) if made & set(nodes[i].input)} - inside
+    behind = {i for i in range(len(nodes)) if outputs & set(nodes[i].input)} - inside
     named = tuple(dict.fromkeys(operators[i].name or operators[i].op for i in (*sorted(before), *sorted(behind))))
     members = tuple(operators[i] for i in part)
     ends = {value.name for value in (*profile.graph.input, *profile.graph.output)}
-    touches = bool(ends & (made | {name for i in part for name in nodes[i].input}))
+    touches = bool(ends & (outputs | {name for i in part for name in nodes[i].input}))
     edge = touches and not any(o.kind == "float" for o in members)
     reasons: list[tuple[str, str]] = []
     if any(o.kind == "float" for o in members):
         floats = sorted((o for o in members if o.kind == "float"), key=lambda o: -o.median_us)
-        known = {label(node): node for node in view.nodes}
-        own = [(known[o.name], o.median_us) for o in floats if o.name in known]
-        nameless = sum(o.median_us for o in floats if o.name not in known)
-        own += [(node, nameless) for node in neighbours(view, profile, part)]
+        by_label = {node_label(node): node for node in view.nodes}
+        costly = [(by_label[o.name], o.median_us) for o in floats if o.name in by_label]
+        nameless = sum(o.median_us for o in floats if o.name not in by_label)
+        costly += [(node, nameless) for node in neighbours(view, profile, part)]
         costs: dict[str, float] = {}  # by the kind of reason
-        for node, us in own:
-            found = reason(view, node)
-            reasons += [found] if found not in reasons else []
-            costs[found[0]] = costs.get(found[0], 0.0) + us
+        for node, us in costly:
+            cause = reason(view, node)
+            reasons += [cause] if cause not in reasons else []
+            costs[cause[0]] = costs.get(cause[0], 0.0) + us
         reasons.sort(key=lambda one: (one[0] == "unknown", -costs[one[0]]))
-    return Island(members, named, tuple(reasons), edge)
+    return FloatRegion(members, named, tuple(reasons), edge)
 
 
-def neighbours(view: View, profile: Profile, part: list[int]) -> list[onnx.NodeProto]:
+def neighbours(view: GraphView, profile: Profile, part: list[int]) -> list[onnx.NodeProto]:
     """What stands in the file between the pairs of an island: onnxruntime inlines some operators into nameless ones."""
-    known = {label(node): node for node in view.nodes}
-    pairs = [known.get(profile.operators[i].name) for i in part if profile.operators[i].kind == "pairs"]
-    found = [reader for pair in pairs if pair is not None for reader in view.next(pair)]
-    return [node for node in found if node.op_type in INLINED]
+    by_label = {node_label(node): node for node in view.nodes}
+    pairs = [by_label.get(profile.operators[i].name) for i in part if profile.operators[i].kind == "pairs"]
+    readers = [reader for pair in pairs if pair is not None for reader in view.successors(pair)]
+    return [node for node in readers if node.op_type in INLINED]
 
 
-def reason(view: View, node: onnx.NodeProto) -> tuple[str, str]:
+def reason(view: GraphView, node: onnx.NodeProto) -> tuple[str, str]:
     """Why onnxruntime runs a node of the file in float: a kind of reason, and a sentence about the node."""
-    name, op = label(node), node.op_type
-    live = [tensor for tensor in node.input if tensor and tensor not in view.fixed]
+    name, op = node_label(node), node.op_type
+    live = [tensor for tensor in node.input if tensor and tensor not in view.input_independent]
     if any(n.op_type in ("DynamicQuantizeLinear", "ConvInteger", "MatMulInteger") for n in view.nodes):
         return "dynamic", "ranges are found anew at every call, and what follows a product runs in float"
     after = [r for r in behind_activations(view, node) if r.op_type == QUANTIZE]
     before = {tensor: carried(view, tensor) for tensor in live}
     pairs = [pair for pair in (*before.values(), *after) if pair is not None]
-    if op in ABSORBED or any(r.op_type in ABSORBED for r in view.next(node)):
+    if op in ABSORBED or any(r.op_type in ABSORBED for r in view.successors(node)):
         for pair in after:
             kind, zero = kind_of(view, pair), zero_of(view, pair)
             if zero != LOWEST.get(kind, zero):
@@ -130,9 +130,9 @@ def reason(view: View, node: onnx.NodeProto) -> tuple[str, str]:
                 return SIGNED if kind == "int8" else "relu", what
     if op not in KERNELS and op not in ABSORBED:
         return "kernel", f"onnxruntime has no integer kernel for {op}"
-    unpaired = op in WEIGHTED and len(node.input) > 1 and not view.quantized(node.input[1])
+    unpaired = op in WEIGHTED and len(node.input) > 1 and not view.is_dequantized(node.input[1])
     floating = "weight", f"the weight of {op} `{name}` has no Q/DQ pair"
-    for scales in (view.number(pair, 1) for pair in pairs if view.is_per_channel(pair)):
+    for scales in (view.constant_input(pair, 1) for pair in pairs if view.is_per_channel(pair)):
         if unpaired and scales is not None and np.ptp(scales) == 0:
             return floating  # edgekd writes equal scales to keep a float layer float
         return "channels", "activations have a scale for each channel, which no integer kernel takes"
@@ -141,7 +141,9 @@ def reason(view: View, node: onnx.NodeProto) -> tuple[str, str]:
         return "input", f"the input of {op} `{name}` has no Q/DQ pair (`{bare[0]}`)"
     others = [r for r in behind_activations(view, node) if r.op_type != QUANTIZE]
     if others or not after:
-        reader = f"{others[0].op_type} `{label(others[0])}` reads it" if others else "it is an output of the network"
+        reader = (
+            f"{others[0].op_type} `{node_label(others[0])}` reads it" if others else "it is an output of the network"
+        )
         return "output", f"the output of {op} `{name}` is not quantized: {reader}"
     if unpaired:
         return floating
@@ -152,36 +154,36 @@ def reason(view: View, node: onnx.NodeProto) -> tuple[str, str]:
     return "unknown", f"onnxruntime keeps {op} `{name}` in float"
 
 
-def carried(view: View, name: str) -> onnx.NodeProto | None:
+def carried(view: GraphView, name: str) -> onnx.NodeProto | None:
     """The DequantizeLinear that a tensor comes from, operators that only move in between left out."""
-    maker = view.makers.get(name)
+    maker = view.producers.get(name)
     while maker is not None and maker.op_type in MOVING:
-        maker = view.makers.get(maker.input[0])
+        maker = view.producers.get(maker.input[0])
     return maker if maker is not None and maker.op_type == DEQUANTIZE else None
 
 
-def kind_of(view: View, pair: onnx.NodeProto) -> str:
+def kind_of(view: GraphView, pair: onnx.NodeProto) -> str:
     """The integer type that a QuantizeLinear or DequantizeLinear has on its one side."""
-    zeros = view.number(pair, 2)
+    zeros = view.constant_input(pair, 2)
     return "uint8" if zeros is None else str(zeros.dtype)
 
 
-def zero_of(view: View, pair: onnx.NodeProto) -> int:
-    zeros = view.number(pair, 2)
+def zero_of(view: GraphView, pair: onnx.NodeProto) -> int:
+    zeros = view.constant_input(pair, 2)
     return 0 if zeros is None else int(zeros.ravel()[0])
 
 
-def behind_activations(view: View, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+def behind_activations(view: GraphView, node: onnx.NodeProto) -> list[onnx.NodeProto]:
     """What reads a node's output, a Relu or Clip in between left out."""
     found = []
-    for reader in view.next(node):
+    for reader in view.successors(node):
         found += behind_activations(view, reader) if reader.op_type in ABSORBED else [reader]
     return found
 
 
-def same_scale(view: View, node: onnx.NodeProto, quantizer: onnx.NodeProto) -> bool:
-    before = view.maker(node.input[0], DEQUANTIZE)
+def same_scale(view: GraphView, node: onnx.NodeProto, quantizer: onnx.NodeProto) -> bool:
+    before = view.producer(node.input[0], DEQUANTIZE)
     if before is None:
         return False
-    numbers = [(view.number(before, i), view.number(quantizer, i)) for i in (1, 2)]
+    numbers = [(view.constant_input(before, i), view.constant_input(quantizer, i)) for i in (1, 2)]
     return all(a is not None and b is not None and (a == b).all() for a, b in numbers)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.onnx import inspect
-from edgekd.onnx.graph import QUANTIZE, View, label
+from edgekd.onnx.graph import QUANTIZE, GraphView, node_label
 from edgekd.onnx.writer import RESCALED
 from edgekd.stages.explain.float_regions import ABSORBED
 from edgekd.utils import progress
+from edgekd.utils.arrays import power_ratio_db
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,11 +20,10 @@ if TYPE_CHECKING:
     import onnx
 
 IMAGES = 64  # that layers are compared on
-LIMIT_DB = 120.0  # no noise at all
 
 
 @dataclass(frozen=True)
-class Step:
+class IntegerTensor:
     """A tensor that is stored as 8-bit integers."""
 
     float_name: str
@@ -43,7 +43,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Loss:
+class LayerError:
     """What one tensor loses. Ratios of the power of the FP32 values to that of their error, dB."""
 
     tensor: str
@@ -63,7 +63,7 @@ class Sums:
     values: int = 0
     reach: float = 0.0  # summed over images
 
-    def add(self, step: Step, exact: np.ndarray, integers: np.ndarray) -> None:
+    def add(self, step: IntegerTensor, exact: np.ndarray, integers: np.ndarray) -> None:
         exact = exact.astype(np.float64)
         quantized = (integers.astype(np.float64) - step.zero) * step.scale
         self.signal += float((exact**2).sum())
@@ -74,19 +74,13 @@ class Sums:
         low, high = np.quantile(exact, [0.0005, 0.9995])
         self.reach += float((high - low) / (step.scale * (step.highest - step.lowest)))
 
-    def loss(self, step: Step, node: str, images: int) -> Loss:
-        own_db, whole_db = ratio_db(self.signal, self.own), ratio_db(self.signal, self.whole)
+    def loss(self, step: IntegerTensor, node: str, images: int) -> LayerError:
+        own_db, whole_db = power_ratio_db(self.signal, self.own), power_ratio_db(self.signal, self.whole)
         clipped, used = self.clipped / max(self.values, 1), min(self.reach / images, 1.0)
-        return Loss(step.float_name, node, own_db, whole_db, clipped, used)
+        return LayerError(step.float_name, node, own_db, whole_db, clipped, used)
 
 
-def ratio_db(signal: float, noise: float) -> float:
-    if signal <= 0:
-        return LIMIT_DB if noise <= 0 else 0.0
-    return min(LIMIT_DB, float(10 * np.log10(signal / noise)) if noise > 0 else LIMIT_DB)
-
-
-def losses(view: View, path: Path, reference: Path, inputs: np.ndarray) -> list[Loss]:
+def layer_errors(view: GraphView, path: Path, reference: Path, inputs: np.ndarray) -> list[LayerError]:
     """What each quantized tensor of `path` loses against the tensor of the same name in `reference`; in graph order.
 
     Runs both with onnxruntime's optimisation off, an image at a time. Tensors of other names are left out, and all
@@ -95,9 +89,9 @@ def losses(view: View, path: Path, reference: Path, inputs: np.ndarray) -> list[
     if rescaled(view):
         return []
     exact = inspect.load(reference)
-    makers = {name: label(node) for node in exact.graph.node for name in node.output}
+    makers = {name: node_label(node) for node in exact.graph.node for name in node.output}
     makers |= {inspect.single_input(exact, reference).name: ""}
-    steps = [replace(step, float_name=taken_up(exact.graph, view, step.float_name)) for step in quantized(view)]
+    steps = [replace(step, float_name=taken_up(exact.graph, view, step.float_name)) for step in integer_tensors(view)]
     steps = [step for step in steps if step.float_name in makers]
     if not steps:
         return []
@@ -108,7 +102,7 @@ def losses(view: View, path: Path, reference: Path, inputs: np.ndarray) -> list[
     sums = [Sums() for _ in steps]
     batch = max(inspect.single_input(exact, reference).shape[0], 1)
     count = min(len(inputs), IMAGES) // batch
-    with progress.bar("error of each layer", count) as advance:
+    with progress.progress_bar("error of each layer", count) as advance:
         for i in range(count):
             x = inputs[i * batch : (i + 1) * batch]
             before, after = (run(session, names, x) for session, names in sessions)
@@ -118,37 +112,39 @@ def losses(view: View, path: Path, reference: Path, inputs: np.ndarray) -> list[
     return [one.loss(step, makers[step.float_name], count) for step, one in zip(steps, sums, strict=True)]
 
 
-def rescaled(view: View) -> str:
+def rescaled(view: GraphView) -> str:
     """What was done to the channels of inner tensors; empty if nothing was."""
     return next((entry.value for entry in view.model.metadata_props if entry.key == RESCALED), "")
 
 
-def quantized(view: View) -> list[Step]:
+def integer_tensors(view: GraphView) -> list[IntegerTensor]:
     """The activations that are stored as integers, with the name that they have in the FP32 file."""
-    found: dict[str, Step] = {}
+    tensors: dict[str, IntegerTensor] = {}
     for node in view.nodes:
-        if node.op_type == QUANTIZE and node.input[0] not in view.fixed:
+        if node.op_type == QUANTIZE and node.input[0] not in view.input_independent:
             places, name = (1, 2), node.input[0]
         elif node.op_type.startswith("QLinear") or (node.op_type == "QGemm" and len(node.input) > 8):
             places, name = SCALES.get(node.op_type, (len(node.input) - 2, len(node.input) - 1)), node.output[0]
         else:
             continue
-        scale, zero = (view.number(node, place) for place in places)
+        scale, zero = (view.constant_input(node, place) for place in places)
         if scale is None or scale.size != 1 or (zero is not None and zero.dtype not in (np.int8, np.uint8)):
             continue
         limits = np.iinfo(np.uint8 if zero is None else zero.dtype)
         number = 0 if zero is None else int(zero.ravel()[0])
         plain = name.removesuffix("_quantized")  # as onnxruntime's quantizer calls it
-        found[plain] = Step(plain, node.output[0], float(scale.ravel()[0]), number, int(limits.min), int(limits.max))
-    return list(found.values())
+        tensors[plain] = IntegerTensor(
+            plain, node.output[0], float(scale.ravel()[0]), number, int(limits.min), int(limits.max)
+        )
+    return list(tensors.values())
 
 
-def taken_up(graph: onnx.GraphProto, view: View, name: str) -> str:
+def taken_up(graph: onnx.GraphProto, view: GraphView, name: str) -> str:
     """The tensor of the FP32 graph that an integer one stands for: behind its Relu, if that is gone."""
     readers = [node for node in graph.node if name in node.input]
     if len(readers) == 1 and readers[0].op_type in ABSORBED:
         behind = str(readers[0].output[0])
-        if behind not in view.makers and f"{behind}_quantized" not in view.makers:
+        if behind not in view.producers and f"{behind}_quantized" not in view.producers:
             return behind
     return name
 
@@ -175,5 +171,5 @@ def exposed(model: onnx.ModelProto, tensors: list[str]) -> tuple[Any, list[str]]
 def run(session: Any, names: list[str], x: np.ndarray) -> dict[str, np.ndarray]:
     feed = session.get_inputs()[0].name
     answers = [value.name for value in session.get_outputs()]
-    found = dict(zip(answers, session.run(answers, {feed: x}) if answers else [], strict=True))
-    return {name: x if name == feed else found[name] for name in names}
+    outputs = dict(zip(answers, session.run(answers, {feed: x}) if answers else [], strict=True))
+    return {name: x if name == feed else outputs[name] for name in names}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from edgekd.onnx.graph import DEQUANTIZE, View, attribute, label
+from edgekd.onnx.graph import DEQUANTIZE, GraphView, int_attribute, node_label
 from edgekd.onnx.ops import WEIGHTED, channel_axis
 from edgekd.stages.explain.float_regions import carried, kind_of
 
@@ -31,7 +31,7 @@ SEVEN_BITS = 64  # the largest weight of a reduced range
 
 
 @dataclass(frozen=True)
-class Layer:
+class QuantizedLayer:
     """A weighted operator with integer weights."""
 
     node: str
@@ -52,7 +52,7 @@ class Layer:
         return self.summed * self.leaving / places
 
 
-def form(view: View) -> Form | None:
+def form(view: GraphView) -> Form | None:
     """How a file is quantized; None if it is not."""
     ops = {node.op_type for node in view.nodes}
     if ops & set(DYNAMIC):
@@ -62,20 +62,20 @@ def form(view: View) -> Form | None:
     return "Q/DQ" if DEQUANTIZE in ops else None
 
 
-def layers(view: View) -> list[Layer]:
-    return list(found(view))
+def layers(view: GraphView) -> list[QuantizedLayer]:
+    return list(iterate_layers(view))
 
 
-def found(view: View) -> Iterator[Layer]:
+def iterate_layers(view: GraphView) -> Iterator[QuantizedLayer]:
     for node in view.nodes:
         if node.op_type in PLACES:
             x, zero, w, scale = PLACES[node.op_type]
-            weight = view.number(node, w)
-            scales = None if scale is None else view.number(node, scale)
-            zeros = view.number(node, zero)
-            made = view.maker(node.input[x], "DynamicQuantizeLinear")
+            weight = view.constant_input(node, w)
+            scales = None if scale is None else view.constant_input(node, scale)
+            zeros = view.constant_input(node, zero)
+            made = view.producer(node.input[x], "DynamicQuantizeLinear")
             activation = "dynamic" if made is not None else "uint8" if zeros is None else str(zeros.dtype)
-        elif node.op_type in WEIGHTED and len(node.input) > 1 and node.input[1] in view.fixed:
+        elif node.op_type in WEIGHTED and len(node.input) > 1 and node.input[1] in view.input_independent:
             weight, scales = integers(view, node.input[1])
             pair = carried(view, node.input[0])
             activation = "float" if pair is None else kind_of(view, pair)
@@ -85,16 +85,16 @@ def found(view: View) -> Iterator[Layer]:
             yield layer(view, node, weight, scales, activation)
 
 
-def integers(view: View, name: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+def integers(view: GraphView, name: str) -> tuple[np.ndarray | None, np.ndarray | None]:
     """The weight as integers behind its DequantizeLinear, and its scales; a float one is rounded as its pair does."""
-    pair = view.maker(name, DEQUANTIZE)
+    pair = view.producer(name, DEQUANTIZE)
     if pair is None:
         return None, None
-    scale, stored = view.number(pair, 1), view.number(pair, 0)
-    if stored is None and (quantizer := view.maker(pair.input[0], "QuantizeLinear")) is not None:
-        floats = view.number(quantizer, 0)
+    scale, stored = view.constant_input(pair, 1), view.constant_input(pair, 0)
+    if stored is None and (quantizer := view.producer(pair.input[0], "QuantizeLinear")) is not None:
+        floats = view.constant_input(quantizer, 0)
         if floats is not None and scale is not None and kind_of(view, pair) == "int8":
-            axis = attribute(pair, "axis")
+            axis = int_attribute(pair, "axis")
             shaped = scale if scale.size == 1 else along(scale, floats.ndim, 1 if axis is None else axis)
             stored = np.clip(np.round(floats / shaped), -128, 127).astype(np.int8)
     return stored, scale
@@ -105,21 +105,23 @@ def along(values: np.ndarray, rank: int, axis: int) -> np.ndarray:
     return values.reshape([-1 if i == axis % rank else 1 for i in range(rank)])
 
 
-def layer(view: View, node: onnx.NodeProto, weight: np.ndarray, scales: np.ndarray | None, activation: str) -> Layer:
+def layer(
+    view: GraphView, node: onnx.NodeProto, weight: np.ndarray, scales: np.ndarray | None, activation: str
+) -> QuantizedLayer:
     conv = "Conv" in node.op_type
     axis = 0 if conv and node.op_type != "ConvTranspose" else weight.ndim - 1
     if node.op_type in WEIGHTED:
         axis = channel_axis(node)
-    elif node.op_type == "QGemm" and attribute(node, "transB"):
+    elif node.op_type == "QGemm" and int_attribute(node, "transB"):
         axis = 0
-    groups = (attribute(node, "group") or 1) if conv else 1
+    groups = (int_attribute(node, "group") or 1) if conv else 1
     # unsigned weights have their zero in the middle
     steps = np.abs(weight.astype(np.int32) - (128 if weight.dtype == np.uint8 else 0))
     largest = steps.max(tuple(i for i in range(weight.ndim) if i != axis))
     live = np.where(largest > 0, largest, 999)
     channels = weight.shape[axis]
-    return Layer(
-        node=label(node),
+    return QuantizedLayer(
+        node=node_label(node),
         op=node.op_type,
         activation=activation,
         weight=str(weight.dtype),

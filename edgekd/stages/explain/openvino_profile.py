@@ -38,7 +38,7 @@ def kernels(path: Path, inputs: np.ndarray, threads: int) -> list[Kernel]:
         cause = " ".join(str(error).split())
         raise ModelError(
             f"OpenVINO {openvino.__version__.partition('-')[0]} does not take it: {cause[-200:]}",
-            hint="edgekd quantize --dialect openvino",
+            hint="edgekd quantize --scheme openvino",
         ) from error
     shape = model.inputs[0].partial_shape
     batch = shape[0].get_length() if shape[0].is_static else 1
@@ -56,13 +56,13 @@ def kernels(path: Path, inputs: np.ndarray, threads: int) -> list[Kernel]:
     return [Kernel(*key, max(us / CALLS, 0.0)) for key, us in spent.items()]
 
 
-def floats(found: list[Kernel]) -> list[Cause]:
+def floats(executed: list[Kernel]) -> list[Cause]:
     """Layers that OpenVINO computes in float."""
-    total = sum(one.us for one in found) or 1.0
-    lost = sorted((n for n in found if n.op in WEIGHTED and not n.integer), key=lambda n: -n.us)
+    total = sum(one.us for one in executed) or 1.0
+    lost = sorted((n for n in executed if n.op in WEIGHTED and not n.integer), key=lambda n: -n.us)
     share = sum(one.us for one in lost) / total
     if not lost or share < COST:
         return []
     names = ", ".join(f"`{one.name}` ({one.kernel})" for one in lost[:3])
     text = f"{len(lost)} layers run in float, {percent(share)} of the time: {names}"
-    return [Cause("speed", text, "edgekd quantize --dialect openvino", "nncf.quantize without ignored_scope", share)]
+    return [Cause("speed", text, "edgekd quantize --scheme openvino", "nncf.quantize without ignored_scope", share)]

@@ -16,6 +16,7 @@ import numpy as np
 from edgekd.errors import ModelError
 from edgekd.onnx import inspect
 from edgekd.onnx import session as onnx_session
+from edgekd.onnx.graph import QDQ
 from edgekd.utils import progress
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ CALLS = (8, 60)  # of a block, at least and at most
 DISCARDED = 5  # calls at the beginning of a block: the caches still hold the other file
 TRIED = 5  # calls that tell about how long one takes
 PAUSE_S = 0.005  # between blocks of several threads: the workers of one session spin a while, and hold a core
-PAIRS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
+QDQ_OPS = (*QDQ, "DynamicQuantizeLinear")
 INTEGER = ("QGemm", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QAttention")
 TO_FLOAT = ("DequantizeLinear", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QAttention")
 REORDERS = ("ReorderInput", "ReorderOutput")
@@ -69,7 +70,7 @@ class Profile:
         return us / self.total_us if self.total_us else 0.0
 
 
-def profiled(paths: tuple[Path, ...], inputs: np.ndarray, threads: int) -> list[Profile]:
+def profile_files(paths: tuple[Path, ...], inputs: np.ndarray, threads: int) -> list[Profile]:
     """Every file as onnxruntime optimises it for this processor, timed in turns on `inputs`, (N, ...).
 
     The optimised graph is saved, its nodes are numbered, and it is run as it stands: so each time belongs to one node.
@@ -79,7 +80,7 @@ def profiled(paths: tuple[Path, ...], inputs: np.ndarray, threads: int) -> list[
         graphs = [optimised(path, Path(folder, f"{i}.onnx"), threads) for i, path in enumerate(paths)]
         sessions = [opened(Path(folder, f"{i}.onnx"), threads) for i in range(len(paths))]
         calls = calls_for(sessions, inputs)
-        with progress.bar("time of each operator", BLOCKS) as advance:
+        with progress.progress_bar("time of each operator", BLOCKS) as advance:
             for block in range(BLOCKS + 1):  # the first one warms up
                 for session in sessions:
                     time.sleep(PAUSE_S if threads != 1 else 0)
@@ -161,15 +162,15 @@ def read(path: Path, graph: onnx.GraphProto, events: list[dict[str, Any]], calls
         if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
             spent.setdefault(event["name"].removesuffix("_kernel_time"), []).append(event["dur"])
     names = original_names(path, graph)
-    found = []
+    operators = []
     for index, (node, kind) in enumerate(zip(graph.node, kinds(graph, names), strict=True)):
         us = np.array(spent.get(str(index), [0] * runs), float)
         us = us.reshape(runs, -1).sum(1) if len(us) % runs == 0 else np.full(runs, us.sum() / runs)
         timed = us[-BLOCKS * (DISCARDED + calls) :].reshape(BLOCKS, -1)[:, DISCARDED:]
         blocks = np.sort(timed, axis=1)
         middle = blocks[:, calls // 4 : calls - calls // 4].mean(1)  # the clock counts whole microseconds
-        found.append(Operator(names[index], node.op_type, kind, middle))
-    return Profile(graph, tuple(found))
+        operators.append(Operator(names[index], node.op_type, kind, middle))
+    return Profile(graph, tuple(operators))
 
 
 def original_names(path: Path, graph: onnx.GraphProto) -> list[str]:
@@ -178,39 +179,39 @@ def original_names(path: Path, graph: onnx.GraphProto) -> list[str]:
     Blocked convolutions are called after their output, which may be that of an activation that they took up.
     """
     model = inspect.load(path)
-    known = {node.name for node in model.graph.node if node.name}
+    names = {node.name for node in model.graph.node if node.name}
     makers = {name: node for node in model.graph.node for name in node.output}
-    found = []
+    originals = []
     for node in graph.node:
         name = MARKS.sub("", node.name)
-        if name not in known:
+        if name not in names:
             maker = makers.get(name) or next((makers[o] for o in node.output if o in makers), None)
             while maker and maker.op_type != node.op_type and maker.input and maker.input[0] in makers:
                 maker = makers[maker.input[0]]
             name = maker.name or maker.output[0] if maker and maker.op_type == node.op_type else ""
-        found.append(name)
-    return found
+        originals.append(name)
+    return originals
 
 
 def kinds(graph: onnx.GraphProto, names: list[str]) -> list[Kind]:
     """What each node of an optimised graph is to a quantized network; shape arithmetic counts as float."""
     eight = {tensor.name for tensor in graph.initializer if tensor.data_type in EIGHT}
     eight |= {value.name for value in graph.input if value.type.tensor_type.elem_type in EIGHT}
-    found: list[Kind] = []
+    result: list[Kind] = []
     for node, name in zip(graph.node, names, strict=True):
         op, reads = node.op_type, bool(node.input) and node.input[0] in eight
-        own = op.startswith("QLinear") or op in INTEGER
-        if op in PAIRS:
-            found.append("pairs")
+        integer_op = op.startswith("QLinear") or op in INTEGER
+        if op in QDQ_OPS:
+            result.append("pairs")
         elif op in REORDERS or (op == "Transpose" and not name):
-            found.append("layout")
+            result.append("layout")
         else:
-            found.append("integer" if own or reads else "float")
+            result.append("integer" if integer_op or reads else "float")
         to_float = op in TO_FLOAT or (op == "QGemm" and len(node.input) < 8)  # without a scale of its output
         if op == "DynamicQuantizeLinear":
             eight.add(node.output[0])
-        elif op == "QuantizeLinear" or (own and not to_float and not op.endswith("Integer")):
+        elif op == "QuantizeLinear" or (integer_op and not to_float and not op.endswith("Integer")):
             eight.update(node.output)
-        elif reads and op not in TO_FLOAT and not own and op != "Cast":
+        elif reads and op not in TO_FLOAT and not integer_op and op != "Cast":
             eight.update(node.output)  # it moves or compares integers
-    return found
+    return result

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgekd.core import serialization
-from edgekd.stages.explain.layer_error import Loss
-from edgekd.stages.explain.layers import Form, Layer
+from edgekd.stages.explain.layer_error import LayerError
+from edgekd.stages.explain.layers import Form, QuantizedLayer
 from edgekd.stages.explain.speed_causes import Cause
 
 SHOWN = 12  # rows of a table, the slowest or the worst
@@ -18,7 +18,7 @@ LONGEST = 34  # characters of a name in a table
 
 
 @dataclass(frozen=True)
-class Pairs:
+class QdqCounts:
     """QuantizeLinear, DequantizeLinear and DynamicQuantizeLinear nodes."""
 
     written: int  # in the file
@@ -40,14 +40,14 @@ class Time:
 class LayerTime:
     """One layer in FP32 and INT8; without a reference, only the latter."""
 
-    layer: Layer
+    layer: QuantizedLayer
     fp32_us: float | None
     int8_us: float | None
     change: str  # 2.7 times faster (2.6-2.8); "" if unknown
 
 
 @dataclass(frozen=True)
-class Place:
+class FloatPlace:
     """Where a network runs in float: the operators, what is on both sides, and why."""
 
     operators: tuple[str, ...]
@@ -62,52 +62,58 @@ class Place:
 class Explanation:
     model: str
     form: Form
-    maker: str  # the tool, as the file says
+    producer: str  # the tool, as the file says
     target: str
     where: str  # the runtime, its threads and the processor
-    pairs: Pairs | None  # None where nothing is executed
+    pairs: QdqCounts | None  # None where nothing is executed
     times: tuple[Time, ...]
     layers: tuple[LayerTime, ...]
-    places: tuple[Place, ...]
-    losses: tuple[Loss, ...]
+    places: tuple[FloatPlace, ...]
+    losses: tuple[LayerError, ...]
     agreement: float | None  # percent of the images on which INT8 and FP32 have the same top class
     latency: str  # INT8 compared with FP32, whole calls
     notes: tuple[str, ...]  # what was not looked at, and doubts about the measurement
     causes: tuple[Cause, ...]  # worst first
     verdicts: tuple[str, ...]  # one line each; if nothing is wrong, one that says so
+    session_config: dict[str, str]  # entries of the onnxruntime sessions that agreement is from
 
 
-def as_json(told: Explanation) -> dict[str, Any]:
-    found: dict[str, Any] = serialization.dump(told)
-    return found
+def as_json(explanation: Explanation) -> dict[str, Any]:
+    data: dict[str, Any] = serialization.to_json(explanation)
+    return data
 
 
-def described(told: Explanation) -> str:
+def format_explanation(explanation: Explanation) -> str:
     """For a terminal; the verdicts last."""
-    parts = [head(told), *filter(None, (time_table(told), place_lines(told), layer_table(told), loss_table(told)))]
-    lines = ["\n".join(told.verdicts[:1]) if not told.causes else cause_lines(told)]
+    parts = [
+        head(explanation),
+        *filter(
+            None, (time_table(explanation), place_lines(explanation), layer_table(explanation), loss_table(explanation))
+        ),
+    ]
+    lines = ["\n".join(explanation.verdicts[:1]) if not explanation.causes else cause_lines(explanation)]
     return "\n\n".join([*parts, *lines])
 
 
-def head(told: Explanation) -> str:
-    kinds = sorted({f"{one.layer.activation} x {one.layer.weight}" for one in told.layers})
-    scales = {one.layer.per_channel for one in told.layers}
+def head(explanation: Explanation) -> str:
+    kinds = sorted({f"{one.layer.activation} x {one.layer.weight}" for one in explanation.layers})
+    scales = {one.layer.per_channel for one in explanation.layers}
     per = "per channel" if scales == {True} else "one for a layer" if scales == {False} else "mixed"
     lines = [
-        f"{told.model}: {told.form}, made by {told.maker}",
-        f"{len(told.layers)} layers with integer weights: {', '.join(kinds)}; weight scales: {per}",
-        told.where,
+        f"{explanation.model}: {explanation.form}, made by {explanation.producer}",
+        f"{len(explanation.layers)} layers with integer weights: {', '.join(kinds)}; weight scales: {per}",
+        explanation.where,
     ]
-    if told.latency:
-        lines.append(f"latency: {told.latency}")
-    if told.agreement is not None:
-        lines.append(f"agreement: INT8 and FP32 have the same top class on {told.agreement:.1f} % of the images")
-    if told.pairs:
-        p = told.pairs
+    if explanation.latency:
+        lines.append(f"latency: {explanation.latency}")
+    if explanation.agreement is not None:
+        lines.append(f"agreement: INT8 and FP32 have the same top class on {explanation.agreement:.1f} % of the images")
+    if explanation.pairs:
+        p = explanation.pairs
         lines.append(
             f"Q/DQ nodes: {p.written} written, {p.left} left after optimisation, {p.edges} of them at the ends"
         )
-    return "\n".join([*lines, *(f"note: {note}" for note in told.notes)])
+    return "\n".join([*lines, *(f"note: {note}" for note in explanation.notes)])
 
 
 def table(rows: list[list[str]], words: tuple[int, ...] = (0,)) -> str:
@@ -121,11 +127,11 @@ def table(rows: list[list[str]], words: tuple[int, ...] = (0,)) -> str:
     )
 
 
-def time_table(told: Explanation) -> str:
-    if not told.times:
+def time_table(explanation: Explanation) -> str:
+    if not explanation.times:
         return ""
     rows = [["operator, µs a call", "FP32", "INT8: integer", "float, pairs"]]
-    for one in (*told.times, total(told.times)):
+    for one in (*explanation.times, total(explanation.times)):
         rows.append([one.op, number(one.fp32_us), number(one.integer_us), number(one.float_us)])
     return table(rows)
 
@@ -139,26 +145,26 @@ def number(us: float | None) -> str:
     return "-" if us is None else "" if not us else f"{us:.1f}"
 
 
-def place_lines(told: Explanation) -> str:
-    if not told.places:
+def place_lines(explanation: Explanation) -> str:
+    if not explanation.places:
         return ""
     lines = ["in float:"]
-    for one in told.places[:SHOWN]:
+    for one in explanation.places[:SHOWN]:
         counts = Counter(name.partition(" ")[0] for name in one.operators)
         many = ", ".join(f"{count} {op}" for op, count in counts.items())
         ops = (many if len(one.operators) > NAMED else ", ".join(one.operators)) or "no operator"
         ends = ", beside " + " and ".join(f"`{name}`" for name in one.between[:3]) if one.between else ""
         why = f": {one.reasons[0]}" if one.reasons else ""
         lines.append(f"  {100 * one.share:4.1f} %  {ops}, {one.pairs} Q/DQ{ends}{why}")
-    return "\n".join([*lines, *more(told.places)])
+    return "\n".join([*lines, *more(explanation.places)])
 
 
-def layer_table(told: Explanation) -> str:
-    if not told.layers:
+def layer_table(explanation: Explanation) -> str:
+    if not explanation.layers:
         return ""
     rows = [["layer", "activation", "products", "channels", "weakest", "FP32 µs", "INT8 µs", "INT8 is"]]
-    executed = any(one.int8_us is not None for one in told.layers)
-    order = sorted(told.layers, key=lambda one: -(one.int8_us or 0.0))
+    executed = any(one.int8_us is not None for one in explanation.layers)
+    order = sorted(explanation.layers, key=lambda one: -(one.int8_us or 0.0))
     for one in order[:SHOWN]:
         n = one.layer
         kind = n.activation + (", depthwise" if n.depthwise else "")
@@ -167,11 +173,11 @@ def layer_table(told: Explanation) -> str:
     return "\n".join([table([row if executed else row[:5] for row in rows], (0, 1, 7)), *more(order)])
 
 
-def loss_table(told: Explanation) -> str:
-    if not told.losses:
+def loss_table(explanation: Explanation) -> str:
+    if not explanation.losses:
         return ""
     rows = [["tensor, least exact first", "alone dB", "in all dB", "clipped", "range used"]]
-    order = sorted(told.losses, key=lambda one: one.whole_db)
+    order = sorted(explanation.losses, key=lambda one: one.whole_db)
     for one in order[: SHOWN // 2]:
         decibels = [f"{one.own_db:.1f}", f"{one.whole_db:.1f}"]
         rows.append([short(one.tensor), *decibels, f"{100 * one.clipped:.2f} %", f"{100 * one.used:.0f} %"])
@@ -187,13 +193,13 @@ def short(name: str) -> str:
     return name if len(name) <= LONGEST else f"...{name[3 - LONGEST :]}"
 
 
-def cause_lines(told: Explanation) -> str:
-    return "\n".join(line for cause in told.causes for line in lines_of(cause))
+def cause_lines(explanation: Explanation) -> str:
+    return "\n".join(line for cause in explanation.causes for line in lines_of(cause))
 
 
 def lines_of(cause: Cause) -> Iterator[str]:
     yield f"{cause.about}: {cause.verdict}"
-    if cause.switch:
-        yield f"  change: {cause.switch}"
-    if cause.elsewhere:
-        yield f"  other tools: {cause.elsewhere}"
+    if cause.fix:
+        yield f"  change: {cause.fix}"
+    if cause.other_tools:
+        yield f"  other tools: {cause.other_tools}"

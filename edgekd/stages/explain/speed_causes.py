@@ -9,8 +9,8 @@ from typing import Literal
 
 from edgekd.core.bench_result import Interval
 from edgekd.stages.bench import statistics
-from edgekd.stages.explain.float_regions import INLINED, SIGNED, Island
-from edgekd.stages.explain.layers import Form, Layer
+from edgekd.stages.explain.float_regions import INLINED, SIGNED, FloatRegion
+from edgekd.stages.explain.layers import Form, QuantizedLayer
 from edgekd.stages.explain.ort_profile import Operator, Profile
 from edgekd.stages.lint.warning_rules import ACTIVATIONS
 
@@ -27,19 +27,19 @@ SUMS, LANES = 4, 16
 class Cause:
     about: Literal["refused", "speed", "accuracy"]
     verdict: str
-    switch: str  # of edgekd
-    elsewhere: str = ""  # the option of another tool
+    fix: str  # of edgekd
+    other_tools: str = ""  # the option of another tool
     share: float = 0.0  # of the time in INT8; of accuracy, how bad it is from 0 to 1
 
 
 @dataclass(frozen=True)
-class Case:
+class Diagnosis:
     """All that is known of one file on one processor."""
 
     form: Form
-    layers: list[Layer]
+    layers: list[QuantizedLayer]
     profile: Profile
-    islands: list[Island]
+    float_regions: list[FloatRegion]
     base: Profile | None = None  # of the FP32 file
     call_us: float | None = None  # the median of a call in INT8, profiling off
     x86: bool = True
@@ -59,7 +59,7 @@ class Case:
         """Whether it is a signed file; NNCF's is mixed."""
         return self.x86 and 2 * sum(layer.activation == "int8" for layer in self.layers) > len(self.layers)
 
-    def is_signed(self, one: Island) -> bool:
+    def is_signed(self, one: FloatRegion) -> bool:
         """Whether an island is there because of its int8 activations."""
         kinds = [kind for kind, _ in one.reasons]
         return self.x86 and SIGNED in (kinds if self.signed else kinds[:1])
@@ -67,33 +67,33 @@ class Case:
     @cached_property
     def slower(self) -> list[tuple[Operator, Operator]]:
         """Integer operators that take longer than in FP32, beyond the noise, each with its float twin."""
-        found = []
-        for name, own in self.int8.items():
+        slower_pairs = []
+        for name, int8 in self.int8.items():
             change, twin = self.speedup(name), self.float_twin(name)
-            if own.kind == "integer" and twin and change and change.high < 1 / CHANGED:
-                found.append((own, twin))
-        return sorted(found, key=lambda pair: pair[1].median_us - pair[0].median_us)
+            if int8.kind == "integer" and twin and change and change.high < 1 / CHANGED:
+                slower_pairs.append((int8, twin))
+        return sorted(slower_pairs, key=lambda pair: pair[1].median_us - pair[0].median_us)
 
     def speedup(self, name: str) -> Interval | None:
         """How many times faster a layer became."""
-        twin, own = self.float_twin(name), self.int8.get(name)
-        if twin is None or own is None or not own.median_us or not twin.median_us:
+        twin, int8 = self.float_twin(name), self.int8.get(name)
+        if twin is None or int8 is None or not int8.median_us or not twin.median_us:
             return None
-        return statistics.ratio(twin.us[:, None], own.us[:, None], seed=0)
+        return statistics.ratio(twin.us[:, None], int8.us[:, None], seed=0)
 
 
-def speed(case: Case) -> list[Cause]:
+def speed_causes(case: Diagnosis) -> list[Cause]:
     """Why it is not faster on this processor, what costs most first."""
-    found = [*signed(case), *floats(case), *slower(case), *surroundings(case), *channels(case)]
-    return sorted((cause for cause in found if cause.share >= COST), key=lambda cause: -cause.share)
+    causes = [*signed(case), *floats(case), *slower(case), *surroundings(case), *channels(case)]
+    return sorted((cause for cause in causes if cause.share >= COST), key=lambda cause: -cause.share)
 
 
-def signed(case: Case) -> Iterator[Cause]:
+def signed(case: Diagnosis) -> Iterator[Cause]:
     """Integer kernels for int8 activations are slow on x86: QLinearConv took 494 us against 30 us with uint8 (32
     channels, 32 x 32, onnxruntime 1.31 on a Zen 5 core); with Q/DQ most operators stay in float there."""
-    us = sum(one.us for one in case.islands if case.is_signed(one))
+    us = sum(one.us for one in case.float_regions if case.is_signed(one))
     if case.signed:
-        slow = {own.name: own.median_us for own, _ in case.slower}
+        slow = {int8.name: int8.median_us for int8, _ in case.slower}
         if case.form == "QOperator":
             slow |= {n.node: case.int8[n.node].median_us for n in case.layers if n.node in case.int8}
         us += sum(slow.values())
@@ -102,7 +102,7 @@ def signed(case: Case) -> Iterator[Cause]:
             "speed",
             f"activations are signed (int8), which onnxruntime on x86 computes in float or in slow kernels: "
             f"{percent(case.profile.share(us))} of the time",
-            "edgekd quantize --dialect ort-x86 (or --target cpu)",
+            "edgekd quantize --scheme ort-x86 (or --target cpu)",
             "onnxruntime: quantize_static(activation_type=QuantType.QUInt8), without ActivationSymmetric",
             case.profile.share(us),
         )
@@ -110,41 +110,41 @@ def signed(case: Case) -> Iterator[Cause]:
 
 FIXES = {  # by the kind of reason: edgekd's switch, another tool's option
     "dynamic": (
-        "edgekd quantize --dialect ort-x86: static ranges from calibration images",
+        "edgekd quantize --scheme ort-x86: static ranges from calibration images",
         "onnxruntime: quantize_static instead of quantize_dynamic, for convolutions",
     ),
     "channels": (
-        "edgekd quantize: an activation has one scale in all dialects",
+        "edgekd quantize: an activation has one scale in all schemes",
         "NNCF: activations_quantization_params=QuantizationParameters(per_channel=False), an advanced parameter",
     ),
     "relu": (
-        "edgekd quantize --dialect ort-x86: asymmetric ranges begin at 0 behind a Relu",
+        "edgekd quantize --scheme ort-x86: asymmetric ranges begin at 0 behind a Relu",
         "onnxruntime: without ActivationSymmetric",
     ),
     "weight": ("edgekd quantize: quantizes every weight that has integer kernels", "onnxruntime: nodes_to_exclude"),
     "input": (
-        "edgekd quantize --dialect ort-x86: a pair around every operator",
+        "edgekd quantize --scheme ort-x86: a pair around every operator",
         "onnxruntime: quantize_static instead of NNCF's or TensorRT's placement",
     ),
     "output": (
-        "edgekd quantize --dialect ort-x86: a pair around every operator",
+        "edgekd quantize --scheme ort-x86: a pair around every operator",
         "onnxruntime: OpTypesToExcludeOutputQuantization",
     ),
-    "scales": ("edgekd quantize --dialect ort-x86: one scale before and behind operators that only move", ""),
-    "unknown": ("edgekd quantize --dialect ort-x86, from the FP32 file", ""),
+    "scales": ("edgekd quantize --scheme ort-x86: one scale before and behind operators that only move", ""),
+    "unknown": ("edgekd quantize --scheme ort-x86, from the FP32 file", ""),
 }
 
 
-def floats(case: Case) -> Iterator[Cause]:
+def floats(case: Diagnosis) -> Iterator[Cause]:
     """Islands of float with the same reason together."""
-    groups: dict[str, list[Island]] = {}
-    for one in case.islands:
+    groups: dict[str, list[FloatRegion]] = {}
+    for one in case.float_regions:
         if one.reasons and not case.is_signed(one):
             kind, sentence = one.reasons[0]
             groups.setdefault(sentence if kind == "kernel" else kind, []).append(one)
     for group in groups.values():
         kind, sentence = group[0].reasons[0]
-        lost = sum(own.median_us - twin.median_us for own, twin in case.slower) if kind == "dynamic" else 0.0
+        lost = sum(int8.median_us - twin.median_us for int8, twin in case.slower) if kind == "dynamic" else 0.0
         share = case.profile.share(sum(one.us for one in group) + lost)
         pairs = sum(one.pairs for one in group)
         ops = sum(len(one.floats) for one in group)
@@ -173,15 +173,15 @@ def instead_of(op: str) -> tuple[str, str]:
     return f"a student without {op}", "onnxruntime: nodes_to_exclude for what is around it: fewer Q/DQ"
 
 
-def slower(case: Case) -> Iterator[Cause]:
+def slower(case: Diagnosis) -> Iterator[Cause]:
     """Integer operators that take longer than their float twins, beyond the noise."""
     depthwise = {layer.node for layer in case.layers if layer.depthwise}
     lost: dict[bool, list[tuple[Operator, Operator]]] = {True: [], False: []}
-    for own, twin in () if case.signed or case.form == "dynamic" else case.slower:
-        lost[own.name in depthwise].append((own, twin))
+    for int8, twin in () if case.signed or case.form == "dynamic" else case.slower:
+        lost[int8.name in depthwise].append((int8, twin))
     for deep, group in lost.items():
         us, before = (sum(pair[i].median_us for pair in group) for i in (0, 1))
-        names = ", ".join(f"`{own.name}`" for own, _ in group[:3])
+        names = ", ".join(f"`{int8.name}`" for int8, _ in group[:3])
         what = "depthwise convolutions" if deep else "operators"
         yield Cause(
             "speed",
@@ -192,9 +192,9 @@ def slower(case: Case) -> Iterator[Cause]:
         )
 
 
-def surroundings(case: Case) -> Iterator[Cause]:
+def surroundings(case: Diagnosis) -> Iterator[Cause]:
     """What a small network pays beside its operators."""
-    edges = sum(one.us for one in case.islands if one.edge) + case.profile.us("layout")
+    edges = sum(one.us for one in case.float_regions if one.edge) + case.profile.us("layout")
     share = case.profile.share(edges)
     if share >= SMALL:
         yield Cause(
@@ -215,7 +215,7 @@ def surroundings(case: Case) -> Iterator[Cause]:
             )
 
 
-def channels(case: Case) -> Iterator[Cause]:
+def channels(case: Diagnosis) -> Iterator[Cause]:
     if not case.x86:
         return
     narrow = [n for n in case.layers if not n.depthwise and n.filled(SUMS, LANES) < WASTE and n.node in case.int8]

@@ -10,21 +10,23 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from edgekd.core.artifact import Exported
+from edgekd.core.artifact import Exported, TensorSpec
 from edgekd.core.settings import Settings
+from edgekd.core.task import OutputSpec, matching_task, output_tensors
 from edgekd.errors import ConfigError, ExportError, ParityError
 from edgekd.onnx import inspect, session, writer
+from edgekd.onnx.graph import GraphView
 from edgekd.onnx.inspect import OnnxFacts
-from edgekd.utils.external import foreign
+from edgekd.utils.external import external_code
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx
     from torch import Tensor, nn
 
-INPUT, OUTPUT = "image", "logits"
+INPUT = "image"
 LOWEST_OPSET = 13  # below, Q/DQ nodes have no scale per channel; the oldest Jetsons (TensorRT 8.2) read 13
 PROGRAM_OPSET = 18  # below, torch's exporter of programs keeps 18 with a mere warning, and its older one is needed
 
@@ -52,14 +54,14 @@ def export(
     name: str,
     network: nn.Module,
     images: np.ndarray,
-    answer: tuple[int, ...] | None,
+    outputs: tuple[OutputSpec, ...] | None,
     config: ExportConfig,
     metadata: Mapping[str, str] | None = None,
 ) -> Exported:
     """Write `NAME.onnx` (batch 1) and `NAME-dynamic.onnx` into `out`; `network` stays as it is.
 
-    `images` are real network inputs, (N, C, H, W) float32. `answer` is the shape that one image must be answered with;
-    None takes what comes. `metadata` (mean, std, class names ...) goes into the files.
+    `images` are real network inputs, (N, C, H, W) float32. `outputs` are what one image must be answered with;
+    None takes what comes, and names it by number. `metadata` (mean, std, class names ...) goes into the files.
     Raises ExportError if the network cannot be exported as asked, ParityError if a file answers otherwise than torch.
     """
     import torch
@@ -68,52 +70,73 @@ def export(
     plain = deepcopy(network).to("cpu", torch.float32).eval()
     plain = plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     with (
-        foreign(
+        external_code(
             f"the network does not take images of shape (N, {', '.join(map(str, images.shape[1:]))})",
             "give it the channels and the size that it was made for",
             ExportError,
         ),
         torch.no_grad(),
     ):
-        logits = plain(torch.from_numpy(images))
-    wanted = (len(images), *(answer if answer is not None else getattr(logits, "shape", (0,))[1:]))
-    if not isinstance(logits, torch.Tensor) or logits.shape != wanted:
-        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
-        raise ExportError(
-            f"`{type(network).__name__}` answers {len(images)} images with {got}, not with {wanted}",
-            hint="forward() must return the answers alone: logits, one row per image and one column per class, or maps",
-        )
-    want = logits.numpy()
+        tensors = output_tensors(plain(torch.from_numpy(images)))
+    specs = check_outputs(network, tensors, outputs, len(images))
+    expected = tuple(tensor.numpy() for tensor in tensors)
     single, dynamic = out / f"{name}.onnx", out / f"{name}-dynamic.onnx"
-    model = translate(plain, images, config.opset, want.shape[1:])
+    model = translate(plain, images, config.opset, specs)
     writer.write(model, dynamic, metadata or {})
     writer.write(with_batch_of_one(model), single, metadata or {})
     for path, batch in ((single, 1), (dynamic, 0)):
-        check_form(inspect.check(path), path, (batch, *images.shape[1:]), (batch, *wanted[1:]), config.opset)
+        check_form(
+            inspect.check(path), path, (batch, *images.shape[1:]), output_tensor_specs(specs, batch), config.opset
+        )
         check_folded(path)
-        compare(path, images, want, config.tolerance)
-    alone = inspect.described(single, name)
-    return Exported(alone, inspect.described(dynamic, f"{name}-dynamic", alone.macs))
+        compare(path, images, expected, config.tolerance)
+    alone = inspect.describe(single, name)
+    return Exported(alone, inspect.describe(dynamic, f"{name}-dynamic", alone.macs))
 
 
-def translate(network: nn.Module, images: np.ndarray, opset: int, answer: tuple[int, ...]) -> onnx.ModelProto:
+def check_outputs(
+    network: nn.Module, tensors: tuple[Any, ...], outputs: tuple[OutputSpec, ...] | None, count: int
+) -> tuple[OutputSpec, ...]:
+    """Return the outputs of a network to `count` images. Raises ExportError where they are none of those expected."""
+    import torch
+
+    shapes = [str(tuple(t.shape)) if isinstance(t, torch.Tensor) else f"a {type(t).__name__}" for t in tensors]
+    specs = outputs
+    if specs is None:
+        tensors = tuple(t for t in tensors if isinstance(t, torch.Tensor))
+        specs = tuple(OutputSpec(f"output{n}", tuple(t.shape[1:])) for n, t in enumerate(tensors))
+    expected = [str((count, *spec.shape)) for spec in specs]
+    if not specs or shapes != expected:
+        raise ExportError(
+            f"`{type(network).__name__}` answers {count} images with {' and '.join(shapes)}, "
+            f"not with {' and '.join(expected) or 'rows of numbers'}",
+            hint="forward() must return the task's outputs alone, one row per image; for classes, one column per class",
+        )
+    return specs
+
+
+def output_tensor_specs(specs: tuple[OutputSpec, ...], batch: int) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(spec.name, (batch, *spec.shape)) for spec in specs)
+
+
+def translate(network: nn.Module, images: np.ndarray, opset: int, specs: tuple[OutputSpec, ...]) -> onnx.ModelProto:
     """The network with a dynamic batch, as torch's exporter wrote it. Raises ExportError with the exporter's cause."""
     import torch
 
     first = torch.from_numpy(images[:1])
     probe = torch.cat([first, first])  # two: a batch of one would be taken for a constant
     with (
-        foreign(
+        external_code(
             f"torch cannot export `{type(network).__name__}` to ONNX",
             "forward() must take one image batch and have no branch that depends on the values of tensors",
             ExportError,
         ),
         hushed(),
     ):
-        return programmed(network, probe, opset) if opset >= PROGRAM_OPSET else traced(network, probe, opset, answer)
+        return (programmed if opset >= PROGRAM_OPSET else traced)(network, probe, opset, specs)
 
 
-def programmed(network: nn.Module, probe: Tensor, opset: int) -> onnx.ModelProto:
+def programmed(network: nn.Module, probe: Tensor, opset: int, specs: tuple[OutputSpec, ...]) -> onnx.ModelProto:
     """By way of torch.export."""
     import torch
 
@@ -124,7 +147,7 @@ def programmed(network: nn.Module, probe: Tensor, opset: int) -> onnx.ModelProto
         verbose=False,
         opset_version=opset,
         input_names=[INPUT],
-        output_names=[OUTPUT],
+        output_names=[spec.name for spec in specs],
         dynamic_shapes=({0: torch.export.Dim("batch")},),
     )
     if program is None:  # only older exporters
@@ -132,8 +155,8 @@ def programmed(network: nn.Module, probe: Tensor, opset: int) -> onnx.ModelProto
     return program.model_proto
 
 
-def traced(network: nn.Module, probe: Tensor, opset: int, answer: tuple[int, ...]) -> onnx.ModelProto:
-    """By way of TorchScript, torch's only exporter below opset 18; `answer` is the shape of the answer to one image.
+def traced(network: nn.Module, probe: Tensor, opset: int, specs: tuple[OutputSpec, ...]) -> onnx.ModelProto:
+    """By way of TorchScript, torch's only exporter below opset 18.
 
     A trace loses branches without a word, so torch.export must accept the network, too.
     """
@@ -149,12 +172,12 @@ def traced(network: nn.Module, probe: Tensor, opset: int, answer: tuple[int, ...
             dynamo=False,
             opset_version=opset,
             input_names=[INPUT],
-            output_names=[OUTPUT],
-            dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
+            output_names=[spec.name for spec in specs],
+            dynamic_axes={name: {0: "batch"} for name in (INPUT, *(spec.name for spec in specs))},
         )
         model = onnx.load(f"{folder}/traced.onnx")
-    for value in model.graph.output:  # the exporter leaves sizes open that it computes
-        shape = [onnx.TensorShapeProto.Dimension(dim_value=size) for size in answer]
+    for value, spec in zip(model.graph.output, specs, strict=True):  # the exporter leaves sizes open that it computes
+        shape = [onnx.TensorShapeProto.Dimension(dim_value=size) for size in spec.shape]
         del value.type.tensor_type.shape.dim[1:]
         value.type.tensor_type.shape.dim.extend(shape)
     return model
@@ -189,14 +212,15 @@ def with_batch_of_one(model: onnx.ModelProto) -> onnx.ModelProto:
         return onnxscript.optimizer.optimize(fixed)
 
 
-def check_form(found: OnnxFacts, path: Path, entering: tuple[int, ...], leaving: tuple[int, ...], opset: int) -> None:
+def check_form(
+    found: OnnxFacts, path: Path, input_shape: tuple[int, ...], outputs: tuple[TensorSpec, ...], opset: int
+) -> None:
     """Raises ExportError unless the file is what was asked for."""
-    output = found.outputs[0]
     wishes = (
         ("opset", found.opset, opset),
         ("operator sets", found.domains, ("",)),
-        ("input", (found.input.name, found.input.shape, found.input.dtype), (INPUT, entering, "float32")),
-        ("outputs", (len(found.outputs), output.name, output.shape, output.dtype), (1, OUTPUT, leaving, "float32")),
+        ("input", (found.input.name, found.input.shape, found.input.dtype), (INPUT, input_shape, "float32")),
+        ("outputs", found.outputs, outputs),
     )
     for what, got, asked in wishes:
         if got != asked:
@@ -222,18 +246,18 @@ def check_folded(path: Path) -> None:
     One that follows something else (as in pre-activation networks) has nothing to fold into, and stays.
     """
     model = inspect.load(path)
-    uses = [name for node in model.graph.node for name in node.input]
-    convolved = {n.output[0] for n in model.graph.node if n.op_type == "Conv" and uses.count(n.output[0]) == 1}
+    view = GraphView(model)
     for node in model.graph.node:
-        if node.op_type == "BatchNormalization" and node.input[0] in convolved:
+        convolution = view.producer(node.input[0], "Conv") if node.op_type == "BatchNormalization" else None
+        if convolution is not None and len(view.uses[node.input[0]]) == 1:
             raise ExportError(
                 f"`{path.name}` still has the BatchNormalization `{node.name}` behind a convolution",
                 hint="train with BatchNorm statistics on (track_running_stats=True), so that it can be folded",
             )
 
 
-def compare(path: Path, images: np.ndarray, want: np.ndarray, tolerance: float) -> float:
-    """The largest difference to torch's logits `want`, as a share of the largest absolute one.
+def compare(path: Path, images: np.ndarray, expected: tuple[np.ndarray, ...], tolerance: float) -> float:
+    """Return the largest difference to torch's outputs, as a fraction of the largest absolute value of an output.
 
     Both with onnxruntime's graph optimisation and without: the two disagree where constant folding goes wrong.
     Raises ParityError above `tolerance`; below, the top class is the same wherever it leads by twice as much.
@@ -242,13 +266,18 @@ def compare(path: Path, images: np.ndarray, want: np.ndarray, tolerance: float) 
 
     worst = 0.0
     for optimised in (True, False):
-        got = session.answers(path, images, optimised)
-        gap = float(np.abs(got - want).max() / max(float(np.abs(want).max()), 1e-12))
-        changed = int((got.argmax(1) != want.argmax(1)).sum())
+        outputs = session.run_outputs(path, images, optimised)
+        gaps = [
+            float(np.abs(a - b).max() / max(float(np.abs(b).max()), 1e-12))
+            for a, b in zip(outputs, expected, strict=True)
+        ]
+        gap = next((value for value in gaps if np.isnan(value)), max(gaps))
         if not gap <= tolerance:  # also true of nan
+            task = matching_task(inspect.facts(path).outputs)
+            agreement = f", and agree on {task.agreement(outputs, expected):.1f} %" if task else ""
             raise ParityError(
-                f"`{path.name}` and torch differ by {gap:.1e} of the largest logit (allowed: {tolerance:.0e}), "
-                f"and in the top class of {changed} of {len(images)} images, "
+                f"`{path.name}` and torch differ by {gap:.1e} of the largest value of an output "
+                f"(allowed: {tolerance:.0e}){agreement} of {len(images)} images, "
                 f"with onnxruntime's optimisation {'on' if optimised else 'off'}",
                 hint="look for operators that behave otherwise in ONNX (resize, pooling with ceil_mode), "
                 "or raise `export.tolerance`",

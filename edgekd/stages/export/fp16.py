@@ -8,7 +8,6 @@ pair are put on its grid first, so that the pair yields the very integers of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +18,7 @@ import numpy as np
 from edgekd.core.artifact import File, OnnxModel
 from edgekd.errors import ModelError, ParityError
 from edgekd.onnx import inspect, writer
+from edgekd.onnx.graph import QDQ, QUANTIZE, GraphView, to_array
 
 if TYPE_CHECKING:
     import onnx
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 FP16_SCALES = 19  # the opset from which QuantizeLinear takes FP16
 LARGEST = float(np.finfo(np.float16).max)
 SMALLEST = float(np.finfo(np.float16).smallest_normal)  # below, float16 loses bits: 6.1e-5
-PAIR = ("QuantizeLinear", "DequantizeLinear")
 SINGLE, HALF = 1, 10  # TensorProto.FLOAT, FLOAT16
 TOLERANCE = 0.01  # of the largest absolute answer; 11 bits a number, over some dozens of layers
 
@@ -40,24 +39,24 @@ def bake(source: Path, target: Path, inputs: np.ndarray, tolerance: float = TOLE
     from onnx import checker
 
     original = inspect.load(source)
-    made = Conversion(original, source, overflowing(original, inputs)).convert()
-    checker.check_model(made, full_check=True)
+    half = Conversion(original, source, overflowing(original, inputs)).convert()
+    checker.check_model(half, full_check=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".edgekd-", dir=target.parent) as folder:  # beside it: a rename, not a copy
         path = Path(folder, target.name)
-        writer.write(made, path, {entry.key: entry.value for entry in original.metadata_props})
+        writer.write(half, path, {entry.key: entry.value for entry in original.metadata_props})
         compare(source, path, inputs, tolerance)
-        found = inspect.described(path, target.stem)
+        described = inspect.describe(path, target.stem)
         path.replace(target)
-    return replace(found, file=File.of(target))
+    return replace(described, file=File.of(target))
 
 
 def compare(source: Path, path: Path, inputs: np.ndarray, tolerance: float) -> None:
     """Raises ParityError. Without graph optimisation: onnxruntime's fusions compute Q/DQ with FP16 scales wrongly."""
-    want, found = (plain_answers(file, inputs) for file in (source, path))
-    gaps = np.abs(found - want)
+    exact, outputs = (unoptimised_outputs(file, inputs) for file in (source, path))
+    gaps = np.abs(outputs - exact)
     gap = float(gaps.mean() if inspect.facts(source).precision == "int8" else gaps.max())
-    gap /= float(np.abs(want).max()) or 1.0
+    gap /= float(np.abs(exact).max()) or 1.0
     if not gap <= tolerance:  # also true of nan
         raise ParityError(
             f"in FP16 the answers of `{source.name}` move by {gap:.1e} of the largest one (allowed: {tolerance:.0e})",
@@ -65,8 +64,8 @@ def compare(source: Path, path: Path, inputs: np.ndarray, tolerance: float) -> N
         )
 
 
-def plain_answers(path: Path, inputs: np.ndarray) -> np.ndarray:
-    """First outputs, computed by the operators as they stand in the file."""
+def unoptimised_outputs(path: Path, inputs: np.ndarray) -> np.ndarray:
+    """Return the first outputs, computed by the operators as they are in the file."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -79,30 +78,30 @@ def plain_answers(path: Path, inputs: np.ndarray) -> np.ndarray:
 
 
 def overflowing(model: onnx.ModelProto, inputs: np.ndarray) -> set[str]:
-    """Names of the float tensors that leave float16's range on some inputs."""
+    """Return the names of the float tensors that leave float16's range on some inputs."""
     import onnx
     import onnxruntime
 
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
+    exposed = onnx.ModelProto()
+    exposed.CopyFrom(model)
     types = tensor_types(model)
-    known = {value.name for value in model.graph.output}
+    outputs = {value.name for value in model.graph.output}
     names = [n for node in model.graph.node for n in node.output if types.get(n) == SINGLE]
-    watched.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in known)
+    exposed.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in outputs)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(watched.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"])
     entry = session.get_inputs()[0]
     batch = entry.shape[0] if isinstance(entry.shape[0], int) else 1
-    found = {entry.name} if np.abs(inputs).max(initial=0) > LARGEST else set()
+    wide = {entry.name} if np.abs(inputs).max(initial=0) > LARGEST else set()
     for i in range(0, len(inputs) - batch + 1, batch):
         answers = session.run(names, {entry.name: inputs[i : i + batch]})
-        found |= {n for n, value in zip(names, answers, strict=True) if np.abs(value).max(initial=0) > LARGEST}
-    return found
+        wide |= {n for n, value in zip(names, answers, strict=True) if np.abs(value).max(initial=0) > LARGEST}
+    return wide
 
 
 def tensor_types(model: onnx.ModelProto) -> dict[str, int]:
-    """ONNX's number for the type of every tensor."""
+    """Return ONNX's number for the type of every tensor."""
     from onnx import shape_inference
 
     graph = shape_inference.infer_shapes(model).graph
@@ -119,7 +118,7 @@ class Conversion:
     path: Path  # for messages
     wide: set[str]  # tensors that float16 cannot hold
     nodes: list[onnx.NodeProto] = field(default_factory=list)
-    made: dict[tuple[str, int], str] = field(default_factory=dict)  # (tensor, type) -> its name in the new graph
+    names: dict[tuple[str, int], str] = field(default_factory=dict)  # (tensor, type) -> its name in the new graph
     used: dict[str, onnx.TensorProto] = field(default_factory=dict)  # constants of the new graph
 
     def convert(self) -> onnx.ModelProto:
@@ -128,30 +127,30 @@ class Conversion:
         graph, outputs = self.model.graph, {value.name for value in self.model.graph.output}
         self.types = tensor_types(self.model)
         self.opset = next(entry.version for entry in self.model.opset_import if entry.domain in ("", "ai.onnx"))
-        self.constants = {tensor.name: tensor for tensor in graph.initializer} | constants_of(graph.node)
+        self.constants = dict(GraphView(self.model).constants)
         self.put_weights_on_their_grids()
-        self.made = {(value.name, self.types[value.name]): value.name for value in graph.input}
+        self.names = {(value.name, self.types[value.name]): value.name for value in graph.input}
         for node in graph.node:
             if node.op_type != "Constant":
                 self.add(node)
         for name in outputs:
-            if self.types[name] == SINGLE and self.made.get((name, SINGLE)) != name:
-                self.nodes.append(cast(self.made[name, HALF], name, SINGLE))
-        made = onnx.ModelProto()
-        made.CopyFrom(self.model)
-        for repeated in (made.graph.node, made.graph.initializer, made.graph.value_info):
+            if self.types[name] == SINGLE and self.names.get((name, SINGLE)) != name:
+                self.nodes.append(cast(self.names[name, HALF], name, SINGLE))
+        half = onnx.ModelProto()
+        half.CopyFrom(self.model)
+        for repeated in (half.graph.node, half.graph.initializer, half.graph.value_info):
             del repeated[:]
-        made.graph.node.extend(self.nodes)
-        made.graph.initializer.extend(self.used.values())
-        return made
+        half.graph.node.extend(self.nodes)
+        half.graph.initializer.extend(self.used.values())
+        return half
 
     def add(self, node: onnx.NodeProto) -> None:
-        """The node on its inputs in the type that it computes in."""
+        """Add the node on its inputs in the type that it computes in."""
         import onnx
 
         if any(attribute.HasField("g") for attribute in node.attribute):
             raise ModelError(
-                f"`{self.path}` has a {node.op_type} with a graph of its own",
+                f"`{self.path}` has a {node.op_type} with a nested graph",
                 hint="fold it with the network's own shapes, or keep the file FP32",
             )
         kind, fixed = self.kind(node)
@@ -163,9 +162,9 @@ class Conversion:
         for i, name in enumerate(node.output):
             if self.types.get(name) == SINGLE and kind == HALF:
                 new.output[i] = f"{name}.fp16"
-                self.made[name, HALF] = new.output[i]
+                self.names[name, HALF] = new.output[i]
             else:
-                self.made[name, self.types.get(name, 0)] = name
+                self.names[name, self.types.get(name, 0)] = name
         for attribute in new.attribute:
             if kind == HALF and node.op_type == "Cast" and attribute.name == "to" and attribute.i == SINGLE:
                 attribute.i = HALF
@@ -174,15 +173,15 @@ class Conversion:
         self.nodes.append(new)
 
     def kind(self, node: onnx.NodeProto) -> tuple[int, set[int]]:
-        """The float type that a node computes in, and which of its inputs stay FP32 all the same."""
+        """Return the float type that a node computes in, and which of its inputs stay FP32 nevertheless."""
         from onnx import defs
 
         floats = [n for n in (*node.input, *node.output) if self.types.get(n) == SINGLE]
         if not floats or self.wide.intersection(floats) or node.domain not in ("", "ai.onnx"):
             return SINGLE, set()
-        if node.op_type in PAIR:
+        if node.op_type in QDQ:
             scale = self.constants.get(node.input[1])
-            fits = scale is not None and self.opset >= FP16_SCALES and holds(array(scale))
+            fits = scale is not None and self.opset >= FP16_SCALES and holds(to_array(scale))
             return (HALF if fits else SINGLE), set()
         schema = defs.get_schema(node.op_type, self.opset, "")
         allowed = {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints}
@@ -199,16 +198,16 @@ class Conversion:
         return (HALF, fixed) if all(map(halves, answers)) else (SINGLE, set())
 
     def tensor(self, name: str, kind: int) -> str:
-        """The name of a tensor in the float type `kind`; with a Cast in front where it is there in the other only."""
+        """Return the name of a tensor in the float type `kind`, with a Cast where it exists in the other only."""
         if name in self.constants:
             return self.constant(name, kind)
         if self.types.get(name) != SINGLE:
             return name
-        if (name, kind) not in self.made:
-            source = self.made[name, SINGLE + HALF - kind]
-            self.made[name, kind] = f"{name}.fp16" if kind == HALF else f"{name}.fp32"
-            self.nodes.append(cast(source, self.made[name, kind], kind))
-        return self.made[name, kind]
+        if (name, kind) not in self.names:
+            source = self.names[name, SINGLE + HALF - kind]
+            self.names[name, kind] = f"{name}.fp16" if kind == HALF else f"{name}.fp32"
+            self.nodes.append(cast(source, self.names[name, kind], kind))
+        return self.names[name, kind]
 
     def constant(self, name: str, kind: int) -> str:
         tensor = self.constants[name]
@@ -216,7 +215,7 @@ class Conversion:
             self.used[name] = named(tensor, name)
             return name
         new = f"{name}.fp16"
-        if np.abs(array(tensor)).max(initial=0) > LARGEST:
+        if np.abs(to_array(tensor)).max(initial=0) > LARGEST:
             raise ModelError(
                 f"the constant `{name}` of `{self.path}` is beyond 65,504, the largest number of FP16",
                 hint="rescale the layer before, or keep the file FP32",
@@ -229,9 +228,9 @@ class Conversion:
         from onnx import numpy_helper
 
         for node in self.model.graph.node:
-            if node.op_type != PAIR[0] or node.input[0] not in self.constants or len(node.input) < 3:
+            if node.op_type != QUANTIZE or node.input[0] not in self.constants or len(node.input) < 3:
                 continue
-            weight, scale, zero = (array(self.constants[n]) for n in node.input)
+            weight, scale, zero = (to_array(self.constants[n]) for n in node.input)
             axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
             shape = [-1 if i == axis % weight.ndim else 1 for i in range(weight.ndim)] if scale.size > 1 else []
             scale, zero = scale.reshape(shape), zero.reshape(shape)
@@ -240,11 +239,6 @@ class Conversion:
             self.constants[node.input[0]] = numpy_helper.from_array(
                 (integers * scale).astype(np.float32), node.input[0]
             )
-
-
-def constants_of(nodes: Iterable[onnx.NodeProto]) -> dict[str, onnx.TensorProto]:
-    """Tensors in Constant nodes."""
-    return {n.output[0]: named(a.t, n.output[0]) for n in nodes if n.op_type == "Constant" for a in n.attribute}
 
 
 def named(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
@@ -256,12 +250,6 @@ def named(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
     return copied
 
 
-def array(tensor: onnx.TensorProto) -> np.ndarray:
-    from onnx import numpy_helper
-
-    return numpy_helper.to_array(tensor)
-
-
 def holds(scale: np.ndarray) -> bool:
     """Whether float16 holds scales with all of its bits."""
     return bool((scale >= SMALLEST).all() and (scale <= LARGEST).all())
@@ -270,7 +258,7 @@ def holds(scale: np.ndarray) -> bool:
 def halved(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
     from onnx import numpy_helper
 
-    return numpy_helper.from_array(array(tensor).astype(np.float16), name)
+    return numpy_helper.from_array(to_array(tensor).astype(np.float16), name)
 
 
 def cast(source: str, name: str, kind: int) -> onnx.NodeProto:

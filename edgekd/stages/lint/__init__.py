@@ -1,1 +1,1 @@
-"""What TensorRT will say of an ONNX file, told without TensorRT."""
+"""Predict what TensorRT refuses in an ONNX file, without TensorRT."""

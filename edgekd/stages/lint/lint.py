@@ -1,4 +1,4 @@
-"""Lint: what TensorRT will refuse in an ONNX file of any origin, or take and run slowly, told without TensorRT."""
+"""Find what TensorRT will refuse in an ONNX file of any origin, or run slowly, without TensorRT."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgekd.onnx import graph, inspect
-from edgekd.onnx.graph import View
+from edgekd.onnx.graph import GraphView
 from edgekd.stages.lint import error_rules, warning_rules
 from edgekd.targets._jetpack import Jetpack, jetpack
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import onnx
 
 Level = Literal["error", "warning"]
-Check = Callable[[View], "Iterator[tuple[onnx.NodeProto | None, str]]"]
+Check = Callable[[GraphView, Jetpack], "Iterator[tuple[onnx.NodeProto | None, str]]"]
 Rules = dict[str, tuple[Check, str]]  # by name: what breaks the rule, and the fix
 
 
@@ -31,7 +31,7 @@ class Finding:
     fix: str
 
 
-WITH_PAIRS = "quantize the FP32 file with `edgekd quantize --dialect tensorrt`"
+WITH_PAIRS = "quantize the FP32 file with `edgekd quantize --scheme tensorrt`"
 FOLD = "fold constants first: `polygraphy surgeon sanitize --fold-constants`"
 NO_PAIR = "leave out this Q/DQ pair"
 HARD: Rules = {
@@ -39,7 +39,7 @@ HARD: Rules = {
     "operator": (error_rules.operator, WITH_PAIRS),
     "constant": (error_rules.constant, FOLD),
     "scale-type": (error_rules.scale_type, "write float32 scales; float16 ones need opset 19"),
-    "scale-positive": (error_rules.scale_positive, "calibrate anew: a tensor that is always 0 gets the scale 1"),
+    "scale-positive": (error_rules.scale_positive, "calibrate again: a tensor that is always 0 gets the scale 1"),
     "zero-point-written": (error_rules.zero_point_written, "write a zero point of int8 zeros"),
     "zero-point-zero": (error_rules.zero_point_zero, "quantize symmetrically, also behind a Softmax: " + WITH_PAIRS),
     "zero-point-size": (error_rules.zero_point_size, "write as many zero points as scales"),
@@ -79,7 +79,7 @@ SOFT: Rules = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """All that was found in one file."""
+    """The findings in one file."""
 
     model: str
     jetpack: str
@@ -91,36 +91,36 @@ class Verdict:
 
 
 def lint(path: Path, version: str) -> Verdict:
-    """Judge `path` for JetPack `version`. Raises ModelError if it is not ONNX, ConfigError for an unknown JetPack."""
+    """Check `path` for JetPack `version`. Raises ModelError if it is not ONNX, ConfigError for an unknown JetPack."""
     row = jetpack(version)
     return Verdict(str(path), version, row.tensorrt, tuple(findings(inspect.load(path), row)))
 
 
 def findings(model: onnx.ModelProto, row: Jetpack) -> Iterator[Finding]:
-    view = View(model, row)
+    view = GraphView(model)
     levels: dict[Level, Rules] = {"error": HARD, "warning": SOFT}
     for level, rules in levels.items():
         for name, (check, fix) in rules.items():
-            for node, fact in check(view):
-                yield Finding(level, name, graph.label(node), fact, fix)
+            for node, fact in check(view, row):
+                yield Finding(level, name, graph.node_label(node), fact, fix)
 
 
-def described(verdict: Verdict) -> str:
-    """The findings for a terminal; those of one rule together, with their fix."""
+def format_verdict(verdict: Verdict) -> str:
+    """Return the findings for a terminal; those of one rule together, with their fix."""
     lines = []
     for rule in dict.fromkeys(finding.rule for finding in verdict.findings):
         same = [finding for finding in verdict.findings if finding.rule == rule]
         lines += [f"{finding.level}: {finding.node}: {finding.fact}" for finding in same]
         lines += [f"  fix: {same[0].fix}  [{rule}]"]
     errors, warnings = verdict.count("error"), verdict.count("warning")
-    judged = f"TensorRT {verdict.tensorrt} of JetPack {verdict.jetpack}"
+    runtime = f"TensorRT {verdict.tensorrt} of JetPack {verdict.jetpack}"
     if errors:
-        return "\n".join([*lines, f"{verdict.model}: {judged} will refuse it: errors {errors}, warnings {warnings}"])
-    return "\n".join([*lines, f"{verdict.model}: nothing that {judged} is known to refuse; warnings {warnings}"])
+        return "\n".join([*lines, f"{verdict.model}: {runtime} will refuse it: errors {errors}, warnings {warnings}"])
+    return "\n".join([*lines, f"{verdict.model}: nothing that {runtime} is known to refuse; warnings {warnings}"])
 
 
 def as_json(verdict: Verdict) -> dict[str, Any]:
     from edgekd.core import serialization
 
     counts = {"errors": verdict.count("error"), "warnings": verdict.count("warning")}
-    return {**serialization.dump(verdict), **counts}
+    return {**serialization.to_json(verdict), **counts}

@@ -1,4 +1,4 @@
-"""Sensitivity: what INT8 costs in each layer alone, and what it costs in latency to keep that layer float."""
+"""Measure how much accuracy INT8 costs in each layer, and how much latency it costs to keep a layer float."""
 
 from __future__ import annotations
 
@@ -6,156 +6,157 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 import numpy as np
 
 from edgekd.core.artifact import File, OnnxModel
-from edgekd.core.bench_result import BenchResult, Contestant, Interval, Trial
-from edgekd.core.mixed_precision import Layer, Marks
-from edgekd.core.quant_scheme import Dialect
+from edgekd.core.bench_result import BenchmarkEntry, BenchResult, Interval, Samples
+from edgekd.core.metric import Metric
+from edgekd.core.mixed_precision import EvalScores, LayerSensitivity
 from edgekd.core.target import Target
-from edgekd.metrics._compute import readings
-from edgekd.onnx import inspect, session
-from edgekd.stages.bench.benchmark import benchmark
+from edgekd.core.task import Task
+from edgekd.onnx import inspect
+from edgekd.onnx.session import run_outputs
+from edgekd.stages.bench.benchmark import BenchmarkRequest, benchmark
 from edgekd.stages.bench.config import BenchConfig
-from edgekd.stages.bench.intervals import jackknifed, lost, right
-from edgekd.stages.quantize.auto_method import JUDGES
-from edgekd.stages.quantize.float_layers import chosen, layers
-from edgekd.stages.quantize.quantize import convert, in_pairs, ratio_db
-from edgekd.stages.quantize.ranges import Ranges, prepared
+from edgekd.stages.bench.intervals import accuracy_lost, jackknifed
+from edgekd.stages.quantize.float_layers import quantizable_layers, select_layers
+from edgekd.stages.quantize.quantize import Int8Options, snr_db, write_int8
+from edgekd.stages.quantize.ranges import Ranges, load_prepared
 from edgekd.utils import progress
 from edgekd.utils.arrays import save_array
 
-RANKED = 2048  # validation images that single layers are judged on, at most
-TIMED = 64  # inputs that are timed
-# many files, one layer each; what seems to cost nothing is looked at again with the mixes
-SINGLES = BenchConfig(blocks=12, calls=20, warmup_s=0.1, metrics=("p50_ms",), sessions=1)
+LAYER_IMAGES = 2048  # validation images to evaluate single layers on, at most
+TIMED_INPUTS = 64
+# many files, one layer each; what seems to cost nothing is measured again with the candidates
+SINGLES_BENCH = BenchConfig(rounds=12, calls_per_round=20, warmup_s=0.1, metrics=("p50_ms",), processes=1)
 NONE = np.zeros(0)
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A network in FP32, and how its INT8 files are made."""
+class QuantizableModel:
+    """An FP32 network, and how its INT8 files are written."""
 
-    answering: Path  # the file whose answers are judged
-    timed: Path  # the file whose calls are timed; takes one input at a time
-    known: np.ndarray  # calibration inputs, (N, ...)
-    dialect: Dialect
+    name: str
+    path: Path  # the file to evaluate
+    timed_path: Path  # the file to time; takes one input at a time
+    calibration: np.ndarray  # inputs, (N, ...)
     ranges: Ranges
+    options: Int8Options  # its `keep_float` are float in every candidate
     macs: int
-    base: tuple[str, ...] = ()  # layers that stay float in every mix
-    correct_bias: bool = False
 
-    def write(self, path: Path, target: Path, floats: Collection[str]) -> OnnxModel:
-        """`path`, one of its two files, in INT8 but for `floats` and the base."""
-        known, form, kept = self.known, in_pairs(self.dialect), (*self.base, *floats)
-        return convert(path, target, known, form, self.ranges, self.macs, kept, self.correct_bias)
+    def write(self, path: Path, target: Path, keep_float: Collection[str]) -> OnnxModel:
+        """Write `path`, one of the two files, in INT8 to `target`, but for the layers `keep_float`."""
+        options = self.options.as_onnx()
+        options = replace(options, keep_float=(*options.keep_float, *keep_float))
+        return write_int8(path, target, self.calibration, self.ranges, options, self.macs)
 
 
 @dataclass(frozen=True)
-class Exam:
-    """What files are judged on: network inputs (N, C, H, W), their labels, and what FP32 answers."""
+class EvalSet:
+    """What files are evaluated on."""
 
-    inputs: np.ndarray
+    inputs: np.ndarray  # (N, C, H, W)
     labels: np.ndarray
-    want: np.ndarray
+    fp32_outputs: tuple[np.ndarray, ...]  # each (N, ...)
+    task: Task
 
     @classmethod
-    def of(cls, fp32: Path, inputs: np.ndarray, labels: np.ndarray) -> Exam:
-        return cls(inputs, labels, session.answers(fp32, inputs))
+    def of(cls, fp32: Path, inputs: np.ndarray, labels: np.ndarray, task: Task) -> EvalSet:
+        """Return a set with the outputs of the file `fp32`."""
+        return cls(inputs, labels, run_outputs(fp32, inputs), task)
 
-    def part(self, most: int) -> Exam:
-        """So many of them, spread evenly, for files are often sorted by class."""
-        picks = np.linspace(0, len(self.inputs) - 1, min(most, len(self.inputs))).astype(np.int64)
-        return Exam(self.inputs[picks], self.labels[picks], self.want[picks])
+    def part(self, count: int) -> EvalSet:
+        """Return `count` samples or fewer, spread evenly, since files are often sorted by class."""
+        picks = np.linspace(0, len(self.inputs) - 1, min(count, len(self.inputs))).astype(np.int64)
+        outputs = tuple(output[picks] for output in self.fp32_outputs)
+        return EvalSet(self.inputs[picks], self.labels[picks], outputs, self.task)
 
-    def accuracy(self) -> tuple[str, float]:
-        """The metric that judges these labels, and what FP32 reaches by it, percent."""
-        (found,) = readings(Trial(NONE, NONE, self.want, NONE, self.labels), JUDGES).items()
-        return found
+    def fp32_accuracy(self) -> float:
+        """Return FP32's accuracy by the primary metric of the task, percent."""
+        return primary_metric(self.task).compute(Samples(NONE, NONE, self.fp32_outputs, (), self.labels))
 
-    def marks(self, path: Path) -> Marks:
-        trial = Trial(NONE, NONE, session.answers(path, self.inputs), self.want, self.labels)
-        (percent,) = readings(trial, JUDGES).values()
-        return Marks(percent, drop(trial), ratio_db(self.want, trial.logits))
-
-
-class Behind:
-    """Points by which maps are less accurate than those of the reference; as a metric, for its interval."""
-
-    unit = "points"
-    better: Literal["higher", "lower"] = "lower"
-    needs = 0
-    reads: tuple[str, ...] = ("logits", "reference", "labels")
-    maps: bool | None = True
-
-    def __call__(self, trial: Trial) -> float:
-        (own,) = readings(trial, JUDGES).values()
-        (theirs,) = readings(replace(trial, logits=trial.reference), JUDGES).values()
-        return theirs - own
+    def evaluate(self, path: Path) -> EvalScores:
+        """Return the scores of a file."""
+        outputs = run_outputs(path, self.inputs)
+        samples = Samples(NONE, NONE, outputs, self.fp32_outputs, self.labels)
+        noise = snr_db(*(np.concatenate([part.ravel() for part in parts]) for parts in (self.fp32_outputs, outputs)))
+        return EvalScores(primary_metric(self.task).compute(samples), accuracy_drop(samples, self.task), noise)
 
 
-def drop(trial: Trial) -> Interval:
-    """Points of accuracy that the reference is ahead on the same images."""
-    if trial.logits.ndim == 2:
-        return lost(right(trial.reference, trial.labels), right(trial.logits, trial.labels))
-    return jackknifed(Behind(), trial)
+def primary_metric(task: Task) -> Metric:
+    return task.metrics()[task.primary_metric]
 
 
-def ranked(subject: Subject, exam: Exam, outermost: bool) -> list[Layer]:
-    """Every layer that can be freed, with what INT8 costs in it alone, the noisiest first; none has a price yet.
+def accuracy_drop(samples: Samples, task: Task) -> Interval:
+    """Return the points of the primary metric that the reference is ahead on the same images."""
+    metric = primary_metric(task)
+    if metric.hits:
+        return accuracy_lost(metric.hits(replace(samples, outputs=samples.reference)), metric.hits(samples))
 
-    With `outermost`, the first and the last of the network only.
+    def points_behind(part: Samples) -> float:
+        return metric.compute(replace(part, outputs=part.reference)) - metric.compute(part)
+
+    return jackknifed(points_behind, samples)
+
+
+def measure_layers(model: QuantizableModel, eval_set: EvalSet, ends_only: bool) -> list[LayerSensitivity]:
+    """Return every layer that can stay float, with the cost of INT8 in it alone, the noisiest first; none is timed yet.
+
+    With `ends_only`, only the first and the last layer of the network.
     """
-    graph = prepared(subject.answering)
-    spec = inspect.single_input(graph, subject.answering)
-    sizes = inspect.shapes(graph, spec, subject.answering)
-    fixed = chosen(graph.graph, subject.base)
-    free = {name: node for name, node in layers(graph.graph).items() if node.output[0] not in fixed}
-    looked = list(free)
-    if outermost:
-        looked = [looked[0], looked[-1]] if len(free) > 2 else []  # one has to stay in INT8
-    found = []
+    network = load_prepared(model.path)
+    spec = inspect.single_input(network, model.path)
+    sizes = inspect.shapes(network, spec, model.path)
+    always_float = select_layers(network.graph, model.options.keep_float)
+    nodes = {n: node for n, node in quantizable_layers(network.graph).items() if node.output[0] not in always_float}
+    names = list(nodes)
+    if ends_only:
+        names = [names[0], names[-1]] if len(nodes) > 2 else []  # one has to stay in INT8
+    layers = []
     with (
         TemporaryDirectory(prefix="edgekd-") as folder,
-        progress.bar("layers alone in INT8", len(looked)) as advance,
+        progress.progress_bar("layers alone in INT8", len(names)) as advance,
     ):
-        for name, node in ((name, free[name]) for name in looked):
-            made = subject.write(subject.answering, Path(folder, "alone.onnx"), free.keys() - {name})
-            macs = (inspect.node_macs(node, sizes) or 0) // max((1, *spec.shape[:1]))
-            found.append(Layer(name, node.op_type, macs, exam.marks(made.file.path), None))
+        for name in names:
+            int8 = model.write(model.path, Path(folder, "alone.onnx"), nodes.keys() - {name})
+            macs = (inspect.node_macs(nodes[name], sizes) or 0) // max((1, *spec.shape[:1]))
+            scores = eval_set.evaluate(int8.file.path)
+            layers.append(LayerSensitivity(name, nodes[name].op_type, macs, scores, None))
             advance()
-    return sorted(found, key=lambda layer: layer.alone.snr_db)
+    return sorted(layers, key=lambda layer: layer.int8_alone.snr_db)
 
 
-def timed(
+def measure_latency_ratios(
     out: Path,
-    subject: Subject,
-    mixes: Sequence[Collection[str]],
-    name: str,
+    model: QuantizableModel,
+    float_sets: Sequence[Collection[str]],
+    target_name: str,
     target: Target,
     config: BenchConfig,
 ) -> tuple[BenchResult, list[Interval], Interval]:
-    """The prices of mixes, then of the float file: latencies by turns over that of the first mix. `out` keeps samples.
+    """Time INT8 files with these sets of float layers, and the FP32 file, interleaved.
 
-    `name` is the target's.
+    Returns: the benchmark, the latency of each file over that of the first, and the same of the FP32 file. `out` keeps
+    the samples.
     """
     out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="edgekd-") as folder:
         files = {
-            f"mix {number}": subject.write(subject.timed, Path(folder, f"{number}.onnx"), floats)
-            for number, floats in enumerate(mixes)
+            f"mix {number}": model.write(model.timed_path, Path(folder, f"{number}.onnx"), keep_float)
+            for number, keep_float in enumerate(float_sets)
         }
-        files["fp32"] = inspect.described(subject.timed, "fp32", subject.macs)
-        save_array(out / "inputs.npy", np.ascontiguousarray(subject.known[:TIMED]))
-        asked = tuple(
-            Contestant(label, "student", "", made.precision, made.file, made.macs, made.parameters)
-            for label, made in files.items()
+        files["fp32"] = inspect.describe(model.timed_path, "fp32", model.macs)
+        save_array(out / "inputs.npy", np.ascontiguousarray(model.calibration[:TIMED_INPUTS]))
+        entries = tuple(
+            BenchmarkEntry(label, "student", "", onnx.precision, onnx.file, onnx.macs, onnx.parameters)
+            for label, onnx in files.items()
         )
-        result = benchmark(out, asked, name, target, File.of(out / "inputs.npy"), None, asked[0].name, config)
-    for path in out.glob("*.onnx"):  # they can be made again, and are many
+        inputs = File.of(out / "inputs.npy")
+        request = BenchmarkRequest(entries, target_name, target, inputs, None, entries[0].name, config)
+        result = benchmark(out, request)
+    for path in out.glob("*.onnx"):  # they can be written again, and are many
         path.unlink()
-    speedups = {m.contestant.name: m.speedup or Interval(1, 1, 1) for m in result.measurements}
-    *prices, fp32 = (Interval(1 / s.high, 1 / s.mid, 1 / s.low) for s in (speedups[label] for label in files))
-    return result, prices, fp32
+    speedups = {m.model.name: m.speedup or Interval(1, 1, 1) for m in result.measurements}
+    *ratios, fp32 = (Interval(1 / s.high, 1 / s.estimate, 1 / s.low) for s in (speedups[label] for label in files))
+    return result, ratios, fp32

@@ -1,1 +1,1 @@
-"""From FP32 ONNX to INT8: calibration, ranges, the files of each dialect."""
+"""From FP32 ONNX to INT8: calibration, ranges, the files of each scheme."""

@@ -1,4 +1,4 @@
-"""Stream: what tensors inside of a network are, over all calibration inputs, with one batch of them in memory."""
+"""Run a network over calibration inputs and stream its inner tensors, one batch in memory at a time."""
 
 from __future__ import annotations
 
@@ -9,30 +9,33 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgekd.onnx import session
-from edgekd.onnx.inputs import portions
+from edgekd.onnx.inputs import batches
+from edgekd.onnx.session import open_session
 from edgekd.utils import progress
 
 if TYPE_CHECKING:
     import onnx
 
 
-def streamed(
+def stream_tensors(
     network: onnx.ModelProto, names: Sequence[str], inputs: np.ndarray, label: str
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The tensors `names` of `network` for one batch of `inputs`, (N, ...), after the other; `label` is on the bar."""
+    """Yield the tensors `names` of `network` for one batch of `inputs`, (N, ...), after the other.
+
+    `label` is shown on the progress bar.
+    """
     import onnx
 
-    watched = onnx.ModelProto()
-    watched.CopyFrom(network)
-    del watched.graph.output[:]
-    watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    exposed = onnx.ModelProto()
+    exposed.CopyFrom(network)
+    del exposed.graph.output[:]
+    exposed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     with TemporaryDirectory(prefix="edgekd-") as folder:
-        onnx.save(watched, f"{folder}/watched.onnx")
-        running = session.session(Path(folder, "watched.onnx"))
-        entering = running.get_inputs()[0]
-        step = entering.shape[0] if isinstance(entering.shape[0], int) else 1
-        with progress.bar(label, len(inputs)) as advance:
-            for part in portions(inputs[: len(inputs) // step * step], step):
-                yield dict(zip(names, running.run(list(names), {entering.name: np.asarray(part)}), strict=True))
-                advance(step)
+        onnx.save(exposed, f"{folder}/exposed.onnx")
+        session = open_session(Path(folder, "exposed.onnx"))
+        value = session.get_inputs()[0]
+        size = value.shape[0] if isinstance(value.shape[0], int) else 1
+        with progress.progress_bar(label, len(inputs)) as advance:
+            for batch in batches(inputs[: len(inputs) // size * size], size):
+                yield dict(zip(names, session.run(list(names), {value.name: np.asarray(batch)}), strict=True))
+                advance(size)

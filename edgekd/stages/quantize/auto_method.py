@@ -1,4 +1,4 @@
-"""Choice: of the ways to find ranges, the one that leaves a student most accurate in INT8, on validation images."""
+"""Select the calibration method whose INT8 file is the most accurate on validation images."""
 
 from __future__ import annotations
 
@@ -9,50 +9,53 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from edgekd.core.artifact import Exported, File
-from edgekd.core.bench_result import Trial
-from edgekd.core.dataset import Task
-from edgekd.core.quant_scheme import Dialect
-from edgekd.metrics._compute import readings
-from edgekd.onnx import session
+from edgekd.core.bench_result import Samples
+from edgekd.core.dataset import PreparedDataset
 from edgekd.onnx.inputs import load_calibration
-from edgekd.stages.quantize.quantize import convert, in_pairs
-from edgekd.stages.quantize.ranges import Ranges, best
+from edgekd.onnx.session import run_outputs
+from edgekd.stages.quantize.quantize import Int8Options, write_int8
+from edgekd.stages.quantize.ranges import Ranges, best_ranges
 
 log = logging.getLogger(__name__)
-JUDGES = ("top1", "delta1")  # the metric of class answers, and that of maps
 
 
-def most_accurate(
+def select_most_accurate(
     out: Path,
     model: Exported,
     images: File,
-    dialect: Dialect,
-    found: dict[str, Ranges],
-    task: Task,
-    floats: tuple[str, ...] = (),
-    correct_bias: bool = False,
+    candidates: dict[str, Ranges],
+    dataset: PreparedDataset,
+    options: Int8Options,
 ) -> Ranges:
-    """Of `found`, by method, the ranges whose INT8 file in `dialect` is the most accurate; the first of equals.
+    """Return the ranges whose INT8 file is the most accurate on validation images; the first of equals.
 
-    Accuracy is that on the validation images of `task`, in percent: the right top class, or for maps the pixels within
-    a factor of 1.25. `images` are the calibration images. Raises as `quantize` does.
+    Accuracy is the primary metric of the task.
+
+    Args:
+        out: a folder to work in.
+        model: the FP32 files.
+        images: the calibration images.
+        candidates: ranges by method.
+        dataset: its validation images are used.
+        options: how INT8 files are written.
+
+    Raises: as `quantize`.
     """
-    if len(found) == 1:
-        return next(iter(found.values()))
-    valid = task.valid.load()
-    inputs, known = task.inputs(np.asarray(valid.images)), load_calibration(images.path, model.single.input)
-    nothing = np.empty(0, np.int64)
+    if len(candidates) == 1:
+        return next(iter(candidates.values()))
+    valid = dataset.valid.load()
+    inputs, calibration = dataset.inputs(np.asarray(valid.images)), load_calibration(images.path, model.single.input)
+    task, nothing = dataset.task, np.empty(0, np.int64)
+    metric = task.metrics()[task.primary_metric]
 
-    def grade(ranges: Ranges) -> float:
+    def accuracy(ranges: Ranges) -> float:
         with TemporaryDirectory(prefix="edgekd-", dir=out) as folder:
             target = Path(folder, "int8.onnx")
-            path, macs = model.dynamic.file.path, model.single.macs
-            convert(path, target, known, in_pairs(dialect), ranges, macs, floats, correct_bias)
-            logits = session.answers(target, inputs)
-        (percent,) = readings(Trial(nothing, nothing, logits, nothing, valid.labels), JUDGES).values()
-        return percent
+            write_int8(model.dynamic.file.path, target, calibration, ranges, options.as_onnx(), model.single.macs)
+            outputs = run_outputs(target, inputs)
+        return metric.compute(Samples(nothing, nothing, outputs, (), valid.labels))
 
-    chosen = best(found, grade)
-    told = ", ".join(f"{method} {percent:.2f} %" for method, percent in chosen.tried.items())
-    log.info("%s: ranges by %s (validation accuracy in INT8: %s)", model.single.name, chosen.method, told)
-    return chosen
+    best = best_ranges(candidates, accuracy)
+    scores = ", ".join(f"{method} {percent:.2f} %" for method, percent in best.scores.items())
+    log.info("%s: ranges by %s (validation accuracy in INT8: %s)", model.single.name, best.method, scores)
+    return best

@@ -1,68 +1,82 @@
-"""Bias correction: the mean error that rounded weights make in each output channel is taken off the bias.
+"""Bias correction: take the mean error that rounded weights cause in each output channel off the bias.
 
 Nagel et al., 2019, arXiv 1906.04721, section 4.2.1, in its empirical form: b' = b - E[(Q(W) - W) x], with the float
-activations x of the calibration inputs. Q(W) is read from the INT8 network that was made without the correction, so it
-is what that network holds in any dialect; the error is computed by the layer itself with the weights Q(W) - W, so
-borders, strides and groups are exact. A layer that has no bias gets one; a MatMul only takes that of an Add behind it.
+activations x of the calibration inputs. Q(W) is read from the INT8 network that was written without the correction, so
+it is what that network holds in any scheme; the error is computed by the layer itself with the weights Q(W) - W, so
+borders, strides and groups are exact. A layer without a bias gets one; a MatMul can only use that of an Add after it.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgekd.onnx.graph import Graph, graph_of, replace_constant, value
+from edgekd.onnx.graph import QDQ, GraphView, attribute, replace_constant, to_array
 from edgekd.onnx.ops import WEIGHTED, channel_axis
-from edgekd.stages.quantize.activations import streamed
+from edgekd.stages.quantize.activations import stream_tensors
 
 if TYPE_CHECKING:
     import onnx
 
 log = logging.getLogger(__name__)
-PAIR = ("QuantizeLinear", "DequantizeLinear")
 
 
-def corrected(
-    model: onnx.ModelProto, int8: onnx.ModelProto, inputs: np.ndarray, kept: Collection[str]
+@dataclass(frozen=True)
+class Bias:
+    """The bias of a layer."""
+
+    holder: onnx.NodeProto  # the layer itself, or the Add after it
+    position: int  # among the inputs of the holder
+    value: np.ndarray  # (C,)
+    factor: float  # that multiplies it
+
+
+def correct_biases(
+    model: onnx.ModelProto, int8: onnx.ModelProto, inputs: np.ndarray, float_outputs: Collection[str]
 ) -> onnx.ModelProto:
-    """The FP32 network `model`, in place, with biases that make up for the weights of `int8`, which was made from it.
+    """Change the biases of the FP32 network `model`, in place, so that they make up for the rounded weights of `int8`.
 
-    `inputs` are calibration inputs, (N, ...); one batch of them is in memory. Operators with an output in `kept` stay
-    as they are.
+    Args:
+        model: the network that `int8` was made from.
+        int8: the network with rounded weights.
+        inputs: calibration inputs, (N, ...); one batch of them is in memory.
+        float_outputs: the outputs of operators that stay as they are.
     """
     rounded = rounded_weights(int8)
-    graph = graph_of(model)
-    rounding = (node for node in model.graph.node if node.op_type in WEIGHTED and node.output[0] not in kept)
-    layers = [node for node in rounding if node.input[1] in rounded]
-    places = {node.output[0]: place for node in layers if (place := bias_of(graph, node)) is not None}
-    able = [node for node in layers if node.output[0] in places]
-    log.info("biases corrected in %d of %d layers", len(able), len(layers))
-    if not able:
+    view = GraphView(model)
+    quantized = (n for n in model.graph.node if n.op_type in WEIGHTED and n.output[0] not in float_outputs)
+    layers = [node for node in quantized if node.input[1] in rounded]
+    biases = {node.output[0]: bias for node in layers if (bias := bias_of(view, node)) is not None}
+    correctable = [node for node in layers if node.output[0] in biases]
+    log.info("biases corrected in %d of %d layers", len(correctable), len(layers))
+    if not correctable:
         return model
-    errors = {n.input[1]: rounded[n.input[1]] - graph.constants[n.input[1]] for n in able}
-    for name, error in mean_errors(model, able, errors, inputs).items():
-        shift(model, *places[name], error)
+    names = [node.input[1] for node in correctable]
+    errors = {name: rounded[name] - to_array(view.initializers[name]) for name in names}
+    for name, error in mean_errors(model, correctable, errors, inputs).items():
+        subtract(model, biases[name], error)
     return model
 
 
 def rounded_weights(int8: onnx.ModelProto) -> dict[str, np.ndarray]:
-    """The weights that an INT8 network computes with, as floats, by their names in the FP32 network."""
+    """Return the weights that an INT8 network computes with, as floats, by their names in the FP32 network."""
     import onnxruntime as ort
     from onnx import helper
     from onnxruntime.quantization.quant_utils import TENSOR_NAME_QUANT_SUFFIX
 
-    constants = {tensor.name: tensor for tensor in int8.graph.initializer}
+    constants = GraphView(int8).initializers
     origin = {name: name.removesuffix(TENSOR_NAME_QUANT_SUFFIX) for name in constants}
     nodes = []
     for node in int8.graph.node:
-        if node.op_type in PAIR and node.input[0] in origin:
+        if node.op_type in QDQ and node.input[0] in origin:
             origin[node.output[0]] = origin[node.input[0]]
             nodes.append(node)
-    read = {n.input[1] for n in int8.graph.node if n.op_type in WEIGHTED} & set(origin) - set(constants)
-    outputs = [helper.make_empty_tensor_value_info(name) for name in sorted(read)]
+    weights = {n.input[1] for n in int8.graph.node if n.op_type in WEIGHTED} & set(origin) - set(constants)
+    outputs = [helper.make_empty_tensor_value_info(name) for name in sorted(weights)]
     if not outputs:
         return {}
     used = {name for node in nodes for name in node.input if name in constants}
@@ -70,67 +84,68 @@ def rounded_weights(int8: onnx.ModelProto) -> dict[str, np.ndarray]:
     model = helper.make_model(graph, opset_imports=int8.opset_import, ir_version=int8.ir_version)
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    running = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in outputs]
-    return {origin[name]: array for name, array in zip(names, running.run(names, {}), strict=True)}
+    return {origin[name]: array for name, array in zip(names, session.run(names, {}), strict=True)}
 
 
-def bias_of(graph: Graph, node: onnx.NodeProto) -> tuple[onnx.NodeProto, int, np.ndarray, float] | None:
-    """Where the bias of a layer is: the node and the position among its inputs; its value, and what multiplies it."""
-    size, position, holder = graph.constants[node.input[1]].shape[channel_axis(node)], 2, node
-    if node.op_type == "ConvTranspose" and value(node, "group", 1) > 1:  # which onnxruntime cannot quantize with a bias
+def bias_of(view: GraphView, node: onnx.NodeProto) -> Bias | None:
+    """Return the bias of a layer, zeros if it has none; None if it cannot be corrected."""
+    weight, position, holder = view.initializers[node.input[1]], 2, node
+    size = weight.dims[channel_axis(node)]
+    if node.op_type == "ConvTranspose" and attribute(node, "group", 1) > 1:  # onnxruntime cannot quantize its bias
         return None
-    factor = float(value(node, "beta", 1.0)) if node.op_type == "Gemm" else 1.0
+    factor = float(attribute(node, "beta", 1.0)) if node.op_type == "Gemm" else 1.0
     if node.op_type == "MatMul":
-        after = graph.only_reader(node.output[0])
-        if after is None or after.op_type != "Add":
+        consumer = view.only_consumer(node.output[0])
+        if consumer is None or consumer.op_type != "Add":
             return None
-        holder, position = after, 1 - list(after.input).index(node.output[0])
+        holder, position = consumer, 1 - list(consumer.input).index(node.output[0])
     elif len(node.input) < 3 or not node.input[2]:
-        return node, 2, np.zeros(size, graph.constants[node.input[1]].dtype), 1.0
-    bias = graph.constants.get(holder.input[position])
+        return Bias(node, 2, np.zeros(size, to_array(weight).dtype), 1.0)
+    bias = view.initializer_array(holder.input[position])
     if bias is None or not (bias.size == 1 or bias.shape[-1] == bias.size == size) or not factor:
         return None
-    return holder, position, np.broadcast_to(bias.ravel(), size), factor
+    return Bias(holder, position, np.broadcast_to(bias.ravel(), size), factor)
 
 
 def mean_errors(
     model: onnx.ModelProto, layers: list[onnx.NodeProto], errors: Mapping[str, np.ndarray], inputs: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """The mean of each output channel of `layers` for the weights `errors`, by the name of the layer's output."""
+    """Return the mean output in each channel of `layers` with the weights `errors`, (C,), by the layer's output."""
     import onnx
     from onnx import helper, numpy_helper
 
-    twins = onnx.ModelProto()
-    twins.CopyFrom(model)
-    ends = {f"{node.output[0]}.error": node for node in layers}
+    network = onnx.ModelProto()
+    network.CopyFrom(model)
+    twins = {f"{node.output[0]}.error": node for node in layers}
     for name, error in errors.items():
-        twins.graph.initializer.append(numpy_helper.from_array(error, f"{name}.error"))
-    for end, node in ends.items():
-        twin = helper.make_node(node.op_type, [node.input[0], f"{node.input[1]}.error"], [end])
+        network.graph.initializer.append(numpy_helper.from_array(error, f"{name}.error"))
+    for output, node in twins.items():
+        twin = helper.make_node(node.op_type, [node.input[0], f"{node.input[1]}.error"], [output])
         twin.attribute.extend(node.attribute)
-        twins.graph.node.append(twin)
-    sums: dict[str, np.ndarray | float] = dict.fromkeys(ends, 0.0)
+        network.graph.node.append(twin)
+    sums: dict[str, np.ndarray | float] = dict.fromkeys(twins, 0.0)
     count = 0
-    for seen in streamed(twins, list(ends), inputs, "inputs to correct biases by"):
+    for tensors in stream_tensors(network, list(twins), inputs, "inputs to correct biases by"):
         count += 1
-        for end, answer in seen.items():
-            axis = answer.ndim - 1 if ends[end].op_type == "MatMul" else 1
-            rest = tuple(i for i in range(answer.ndim) if i != axis)
-            sums[end] = sums[end] + answer.mean(rest, dtype=np.float64)
-    return {node.output[0]: np.asarray(sums[end]) / count for end, node in ends.items()}
+        for output, values in tensors.items():
+            axis = values.ndim - 1 if twins[output].op_type == "MatMul" else 1
+            other_axes = tuple(i for i in range(values.ndim) if i != axis)
+            sums[output] = sums[output] + values.mean(other_axes, dtype=np.float64)
+    return {node.output[0]: np.asarray(sums[output]) / count for output, node in twins.items()}
 
 
-def shift(
-    model: onnx.ModelProto, holder: onnx.NodeProto, position: int, bias: np.ndarray, factor: float, error: np.ndarray
-) -> None:
+def subtract(model: onnx.ModelProto, bias: Bias, error: np.ndarray) -> None:
+    """Take `error`, (C,), off a bias; a layer without one gets one."""
     from onnx import numpy_helper
 
-    made = (bias - error / factor).astype(bias.dtype)
+    holder, position = bias.holder, bias.position
+    corrected = (bias.value - error / bias.factor).astype(bias.value.dtype)
     if position < len(holder.input) and holder.input[position]:
-        replace_constant(model, holder, position, made)
+        replace_constant(model, holder, position, corrected)
         return
     name = f"{holder.output[0]}.bias"
-    model.graph.initializer.append(numpy_helper.from_array(made, name))
+    model.graph.initializer.append(numpy_helper.from_array(corrected, name))
     del holder.input[position:]
     holder.input.append(name)

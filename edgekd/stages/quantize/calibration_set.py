@@ -1,32 +1,32 @@
-"""Calibration sets: real training images as network inputs, with a manifest that says which; or the user's own file."""
+"""Calibration sets: training images as network inputs, with a manifest of which; or the user's file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from edgekd.core.artifact import File, TensorSpec
-from edgekd.core.dataset import Task
+from edgekd.core.dataset import PreparedDataset
 from edgekd.core.settings import Settings
+from edgekd.core.splits import stratified_split
 from edgekd.errors import ConfigError, DataError
-from edgekd.onnx.inputs import load_calibration, missing
-from edgekd.utils.splits import stratified
+from edgekd.onnx.inputs import load_calibration, missing_file
 
 
 @dataclass(frozen=True)
-class CalibConfig(Settings):
+class CalibrationConfig(Settings):
     images: int = 256
     seed: int = 0  # of the choice
-    file: str = ""  # own network inputs (.npz or .npy), of which the first `images` serve; empty: training images
+    file: str = ""  # network inputs (.npz or .npy), of which the first `images` are used; empty: training images
 
     def __post_init__(self) -> None:
         if self.images < 1:
-            raise ConfigError(f"calib.images is {self.images}", hint="use 1 or more; 256 serve most networks")
+            raise ConfigError(f"calibration.images is {self.images}", hint="use 1 or more; 256 serve most networks")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ class CalibrationSet:
     manifest: File  # where they come from
 
 
-def collect(out: Path, task: Task, config: CalibConfig, source: str) -> CalibrationSet:
+def collect_calibration_set(
+    out: Path, dataset: PreparedDataset, config: CalibrationConfig, source: str
+) -> CalibrationSet:
     """Choose training images, every class with its share, and write `images.npz` and `manifest.json`.
 
     images.npz holds one array, `image`: network inputs, (N, C, H, W) float32; equal choices give equal bytes.
@@ -43,84 +45,88 @@ def collect(out: Path, task: Task, config: CalibConfig, source: str) -> Calibrat
     or if a file of the user's holds other than training images.
     """
     if config.file:
-        return own(out, task, config)
-    train = task.train.load()
+        return copy_user_file(out, dataset, config)
+    train = dataset.train.load()
     if len(train.labels) < config.images:
         raise DataError(
-            f"calib.images is {config.images}, but the training split has {len(train.labels)}",
-            hint=f"set `calib.images` to {len(train.labels)} or less",
+            f"calibration.images is {config.images}, but the training split has {len(train.labels)}",
+            hint=f"set `calibration.images` to {len(train.labels)} or less",
         )
-    kinds = np.zeros(len(train.labels), np.int64) if task.dense else train.labels
-    indices, _ = stratified(kinds, config.images, config.seed)
-    inputs = task.inputs(np.asarray(train.images[indices]))
-    counts = [] if task.dense else np.bincount(kinds[indices], minlength=len(task.classes)).tolist()
-    classes = dict(zip(task.classes, counts, strict=False))
-    return written(out, task, inputs, source, config.seed, classes, indices.tolist())
+    indices, _ = stratified_split(dataset.task.strata(train.labels), config.images, config.seed)
+    inputs = dataset.inputs(np.asarray(train.images[indices]))
+    chosen = dataset.task.sample_classes(train.labels[indices])
+    counts = [] if chosen is None else np.bincount(chosen, minlength=len(dataset.classes)).tolist()
+    classes = dict(zip(dataset.classes, counts, strict=False))
+    return write_set(out, dataset, inputs, Origin(source, config.seed, classes, indices.tolist()))
 
 
-def own(out: Path, task: Task, config: CalibConfig) -> CalibrationSet:
-    """The first images of the user's file. Raises DataError if it does not fit, or holds images of the test split."""
+def copy_user_file(out: Path, dataset: PreparedDataset, config: CalibrationConfig) -> CalibrationSet:
+    """Use the first images of the user's file. Raises DataError if it does not fit, or holds test images."""
     path = Path(config.file)
-    inputs = load_calibration(path, TensorSpec("image", (0, *task.shape)))
+    inputs = load_calibration(path, TensorSpec("image", (0, *dataset.shape)))
     if len(inputs) < config.images:
         raise DataError(
-            f"calib.images is {config.images}, but `{path}` holds {len(inputs)}",
-            hint=f"set `calib.images` to {len(inputs)} or less",
+            f"calibration.images is {config.images}, but `{path}` holds {len(inputs)}",
+            hint=f"set `calibration.images` to {len(inputs)} or less",
         )
     inputs = np.asarray(inputs[: config.images])
-    train, test = (set(prints(split.load().images)) for split in (task.train, task.test))
-    strange = sum(one in test and one not in train for one in prints(pixels(task, inputs)))
-    if strange:
+    train, test = (set(image_digests(split.load().images)) for split in (dataset.train, dataset.test))
+    num_test = sum(digest in test and digest not in train for digest in image_digests(pixels(dataset, inputs)))
+    if num_test:
         raise DataError(
-            f"`{path}` holds {strange} image{'s' * (strange > 1)} of the test split, which must not decide anything",
-            hint="calibrate on training images; leave out `calib.file` to have them drawn",
+            f"`{path}` holds {num_test} image{'s' * (num_test > 1)} of the test split, which must not decide anything",
+            hint="calibrate on training images; leave out `calibration.file` to have them drawn",
         )
-    return written(out, task, inputs, path.name, None, {}, None)
+    return write_set(out, dataset, inputs, Origin(path.name))
 
 
-def own_file(config: CalibConfig) -> File | None:
-    """What the user named instead of training images. Raises DataError if it is not there."""
+def user_file(config: CalibrationConfig) -> File | None:
+    """Return the file to use instead of training images, if there is one. Raises DataError if it is not there."""
     path = Path(config.file)
     if config.file and not path.is_file():
-        raise missing(path)
+        raise missing_file(path)
     return File.of(path) if config.file else None
 
 
-def pixels(task: Task, inputs: np.ndarray) -> np.ndarray:
-    """The (N, H, W, C) uint8 images that network inputs were made from."""
-    scaled = inputs.transpose(0, 2, 3, 1) * np.array(task.std, np.float32) + np.array(task.mean, np.float32)
+def pixels(dataset: PreparedDataset, inputs: np.ndarray) -> np.ndarray:
+    """Return the (N, H, W, C) uint8 images of network inputs."""
+    scaled = inputs.transpose(0, 2, 3, 1) * np.array(dataset.std, np.float32) + np.array(dataset.mean, np.float32)
     return np.asarray(np.clip(np.rint(scaled * 255), 0, 255), np.uint8)
 
 
-def prints(images: np.ndarray) -> Iterator[bytes]:
+def image_digests(images: np.ndarray) -> Iterator[bytes]:
+    """Yield a hash of each image."""
     return (hashlib.sha256(image.tobytes()).digest() for image in images)
 
 
-def written(
-    out: Path,
-    task: Task,
-    inputs: np.ndarray,
-    source: str,
-    seed: int | None,
-    per_class: dict[str, int],
-    indices: list[int] | None,
-) -> CalibrationSet:
+@dataclass(frozen=True)
+class Origin:
+    """Where the images of a calibration set come from."""
+
+    source: str  # the name of the data set or file
+    seed: int | None = None
+    per_class: dict[str, int] = field(default_factory=dict)
+    indices: list[int] | None = None  # in the training split
+
+
+def write_set(out: Path, dataset: PreparedDataset, inputs: np.ndarray, origin: Origin) -> CalibrationSet:
+    """Write `inputs`, (N, C, H, W), and their manifest into `out`."""
     with (out / "images.npz").open("wb") as stream:
         np.savez(stream, image=inputs)  # uncompressed: bytes that no version of zlib changes, and that can be mapped
     images = File.of(out / "images.npz")
     manifest = {
-        "source": source,
+        "source": origin.source,
         "split": "train",
-        "seed": seed,
+        "seed": origin.seed,
         "count": len(inputs),
         "shape": list(inputs.shape),
         "dtype": str(inputs.dtype),
-        "per_class": per_class,
-        "mean": list(task.mean),
-        "std": list(task.std),
+        "per_class": origin.per_class,
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
         "input": "(pixel / 255 - mean) / std, channels first",
         "file": {"name": images.path.name, "sha256": images.sha256},
-        "indices": indices,  # in the training split
+        "indices": origin.indices,
     }
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     return CalibrationSet(images, File.of(out / "manifest.json"))

@@ -11,17 +11,28 @@ import numpy as np
 
 from edgekd.core.artifact import size
 from edgekd.core.bench_result import BenchResult, Interval, Measurement
+from edgekd.core.task import primary_metrics
 from edgekd.stages.bench import gates
 from edgekd.stages.bench.cold_start import TIMES as STARTS
-from edgekd.stages.bench.intervals import lost
+from edgekd.stages.bench.intervals import accuracy_lost
 from edgekd.stages.bench.statistics import NOISY
 from edgekd.stages.report import change as change_module
-from edgekd.stages.report.change import SHARE, SIZE, TIME, Change, Outcome, Tolerance, judged
-from edgekd.stages.report.tables import PERCENT, scored
+from edgekd.stages.report.change import SHARE, SIZE, TIME, Change, Outcome, Tolerance, judge
+from edgekd.stages.report.tables import percentages, scored
 
 # of a protocol: what a call holds and how calls follow each other, and the state that the machine was set to
 PROTOCOL = (
-    *("batch", "scope", "blocks", "calls", "calls_due_per_s", "sessions", "warmup_s", "warmup_calls", "runtime"),
+    *(
+        "batch",
+        "scope",
+        "rounds",
+        "calls_per_round",
+        "calls_due_per_s",
+        "processes",
+        "warmup_s",
+        "warmup_calls",
+        "runtime",
+    ),
     *("power_mode", "locked_clocks", "l4t"),
 )
 CONDITIONS = ("affinity", "cpu_quota", "governor")
@@ -31,7 +42,7 @@ DOUBTS = (*gates.DOUBTS, "contended", "steal")
 
 
 @dataclass(frozen=True)
-class Pair:
+class TablePair:
     """The table in both builds."""
 
     old: BenchResult
@@ -43,15 +54,15 @@ class Pair:
     @property
     def differing(self) -> list[str]:
         """Why absolute times do not compare."""
-        return list(unlike(self.old, self.new))
+        return list(condition_differences(self.old, self.new))
 
     @staticmethod
     def same_file(old: Measurement, new: Measurement) -> bool:
-        return old.contestant.file.sha256 == new.contestant.file.sha256
+        return old.model.file.sha256 == new.model.file.sha256
 
     @property
     def noise(self) -> float:
-        return change_module.noise((self.old, self.new))
+        return change_module.aa_noise((self.old, self.new))
 
     @property
     def doubt(self) -> str:
@@ -64,7 +75,7 @@ class Pair:
         return [next((m for m in bench.measurements if m.speedup is None), None) for bench in (self.old, self.new)]
 
 
-def unlike(old: BenchResult, new: BenchResult) -> Iterator[str]:
+def condition_differences(old: BenchResult, new: BenchResult) -> Iterator[str]:
     """What is not equal of machine, runtime and protocol, in words."""
     for kind in ("machine", "runtime"):
         a, b = getattr(old, kind), getattr(new, kind)
@@ -85,14 +96,14 @@ def setting(protocol: dict[str, Any], name: str) -> Any:
     return conditions.get(name) if name in CONDITIONS and isinstance(conditions, dict) else protocol.get(name)
 
 
-def remarks(pair: Pair) -> Iterator[str]:
+def remarks(pair: TablePair) -> Iterator[str]:
     """What a reader must know of the table."""
     if pair.differing:
         yield (
             f"not under the same conditions ({'; '.join(pair.differing)}): absolute times do not compare; ratios to "
             "the teacher are each of their own machine, and one that fell is undecided"
         )
-    names = [[m.contestant.name for m in bench.measurements] for bench in (pair.old, pair.new)]
+    names = [[m.model.name for m in bench.measurements] for bench in (pair.old, pair.new)]
     for there, other, words in ((*names, "no longer there"), (*names[::-1], "new")):
         if some := [name for name in there if name not in other]:
             yield f"{words}: {', '.join(some)}"
@@ -100,40 +111,44 @@ def remarks(pair: Pair) -> Iterator[str]:
         yield "the teacher is another network, so ratios to it do not compare"
 
 
-def same_teacher(pair: Pair) -> bool:
+def same_teacher(pair: TablePair) -> bool:
     """Whether ratios are to files that take equally long, as far as their size says; their weights may be others."""
-    known = [m.contestant if m else None for m in pair.teachers]
-    a, b = ((c.macs, c.parameters, c.precision, c.floats) if c else None for c in known)
+    entries = [m.model if m else None for m in pair.teachers]
+    a, b = ((c.macs, c.parameters, c.precision, c.compute_precision) if c else None for c in entries)
     return a is not None and a == b
 
 
-def table(pair: Pair, old_ships: str, new_ships: str) -> Iterator[Change]:
-    """What ships against what shipped, judged; other models against themselves, told."""
-    old, new = ({m.contestant.name: m for m in bench.measurements} for bench in (pair.old, pair.new))
-    if old_ships in old and new_ships in new:
-        name = new_ships if old_ships == new_ships else f"{old_ships}, now {new_ships}"
-        yield from model(pair, name, old[old_ships], new[new_ships])
-    elif old_ships in old:
-        said = f"{new_ships} ships now, which is not in this table" if new_ships else "no file ships any more"
-        outcome: Outcome = "undecided" if new_ships else "regression"
-        yield Change(pair.old.title, old_ships, "what ships", outcome, said)
+def table(pair: TablePair, old_selected: str, new_selected: str) -> Iterator[Change]:
+    """Yield the changes of the selected model, which are judged, and those of all others, which are only reported."""
+    old, new = ({m.model.name: m for m in bench.measurements} for bench in (pair.old, pair.new))
+    if old_selected in old and new_selected in new:
+        name = new_selected if old_selected == new_selected else f"{old_selected}, now {new_selected}"
+        yield from model(pair, name, old[old_selected], new[new_selected])
+    elif old_selected in old:
+        text = (
+            f"{new_selected} is selected now, which is not in this table"
+            if new_selected
+            else "no file is selected any more"
+        )
+        outcome: Outcome = "undecided" if new_selected else "regression"
+        yield Change(pair.old.title, old_selected, "selected", outcome, text)
     for name in old:
-        if name in new and not name == old_ships == new_ships:
-            found = (change for change in model(pair, name, old[name], new[name]) if change.by)
-            yield from (replace(change, outcome="told") for change in found)
+        if name in new and not name == old_selected == new_selected:
+            changes = (change for change in model(pair, name, old[name], new[name]) if change.by)
+            yield from (replace(change, outcome="not judged") for change in changes)
 
 
-def model(pair: Pair, name: str, old: Measurement, new: Measurement) -> Iterator[Change]:
+def model(pair: TablePair, name: str, old: Measurement, new: Measurement) -> Iterator[Change]:
     of = partial(Change, pair.old.title, name)
     yield from latency(pair, of, old, new)
     for key in (scored(pair.old), "agreement"):
-        if key in old.readings:
-            yield share(pair, of, key, old, new)
+        if key in old.metrics:
+            yield percentage_change(pair, of, key, old, new)
     if not pair.old.scenario:
         yield from sizes(pair, of, old, new)
 
 
-def latency(pair: Pair, of: partial[Change], old: Measurement, new: Measurement) -> Iterator[Change]:
+def latency(pair: TablePair, of: partial[Change], old: Measurement, new: Measurement) -> Iterator[Change]:
     """The ratio to the teacher decides. The median must not contradict a regression, where it compares."""
     ratio, median = by_ratio(pair, of, old, new), by_median(pair, of, old, new)
     decided = ratio or median
@@ -141,7 +156,7 @@ def latency(pair: Pair, of: partial[Change], old: Measurement, new: Measurement)
         yield from untimed(pair, of, old, new)
         return
     slower = decided.outcome == "regression"
-    why, outcome, words = "", decided.outcome, decided.words
+    why, outcome, words = "", decided.outcome, decided.description
     if pair.same_file(old, new) and not pair.differing:
         why, outcome = "the same file", "held"
         if slower and not pair.doubt:
@@ -152,78 +167,88 @@ def latency(pair: Pair, of: partial[Change], old: Measurement, new: Measurement)
         why, outcome = "not under the same conditions", "undecided"
     elif slower and ratio and median and median.outcome == "held":
         why, outcome = "its own median held, so it is the teacher's that moved", "undecided"
-    yield replace(decided, outcome=outcome, words="; ".join(filter(None, (words, why))))
+    yield replace(decided, outcome=outcome, description="; ".join(filter(None, (words, why))))
     if ratio and median:
-        yield replace(median, outcome="told")
+        yield replace(median, outcome="not judged")
 
 
-def untimed(pair: Pair, of: partial[Change], old: Measurement, new: Measurement) -> Iterator[Change]:
+def untimed(pair: TablePair, of: partial[Change], old: Measurement, new: Measurement) -> Iterator[Change]:
     """Where nothing says how much slower a call became. Starts are few, and told only."""
-    if old.speedup or timed(old):
-        reason = "neither times nor ratios compare" if timed(new) else new.verdict or "is not measured any more"
+    if old.speedup or latency_key(old):
+        reason = "neither times nor ratios compare" if latency_key(new) else new.verdict or "is not measured any more"
         yield of("latency", "undecided", reason)
     for key in (key for key in STARTS if key in old.intervals and key in new.intervals and not pair.differing):
         a, b = old.intervals[key], new.intervals[key]
-        found = of(key.removesuffix("_ms"), "told", "", a.mid, b.mid, "ms")
-        by = change_module.grown(change_module.quotient(b, a))
-        yield replace(judged(found, by, pair.tolerance.percent, TIME), outcome="told")
+        change = of(key.removesuffix("_ms"), "not judged", "", a.estimate, b.estimate, "ms")
+        by = change_module.to_percent(change_module.quotient(b, a))
+        yield replace(judge(change, by, pair.tolerance.percent, TIME), outcome="not judged")
 
 
-def timed(m: Measurement) -> str:
+def latency_key(m: Measurement) -> str:
     """The reading that says how long a call takes; empty where none does."""
     return next((key for key in ("p50_ms", "images_per_s") if key in m.intervals), "")
 
 
-def by_ratio(pair: Pair, of: partial[Change], old: Measurement, new: Measurement) -> Change | None:
+def by_ratio(pair: TablePair, of: partial[Change], old: Measurement, new: Measurement) -> Change | None:
     if not (old.speedup and new.speedup and same_teacher(pair)):
         return None
-    found = of("speed-up", "told", "", old.speedup.mid, new.speedup.mid, "×")
-    by = change_module.grown(change_module.quotient(old.speedup, new.speedup, pair.noise))
-    return judged(found, by, pair.tolerance.percent, TIME)
+    change = of("speed-up", "not judged", "", old.speedup.estimate, new.speedup.estimate, "×")
+    by = change_module.to_percent(change_module.quotient(old.speedup, new.speedup, pair.noise))
+    return judge(change, by, pair.tolerance.percent, TIME)
 
 
-def by_median(pair: Pair, of: partial[Change], old: Measurement, new: Measurement) -> Change | None:
-    key = timed(old)
+def by_median(pair: TablePair, of: partial[Change], old: Measurement, new: Measurement) -> Change | None:
+    key = latency_key(old)
     if pair.differing or not key or key not in new.intervals:
         return None
     a, b = old.intervals[key], new.intervals[key]
     if key == "p50_ms":
-        factor, found = change_module.quotient(b, a, pair.noise), of("median", "told", "", a.mid, b.mid, "ms")
+        factor, change = (
+            change_module.quotient(b, a, pair.noise),
+            of("median", "not judged", "", a.estimate, b.estimate, "ms"),
+        )
     else:
-        factor, found = change_module.quotient(a, b, pair.noise), of("images", "told", "", a.mid, b.mid, "per s")
-    return judged(found, change_module.grown(factor), pair.tolerance.percent, TIME)
+        factor, change = (
+            change_module.quotient(a, b, pair.noise),
+            of("images", "not judged", "", a.estimate, b.estimate, "per s"),
+        )
+    return judge(change, change_module.to_percent(factor), pair.tolerance.percent, TIME)
 
 
-def share(pair: Pair, of: partial[Change], key: str, old: Measurement, new: Measurement) -> Change:
+def percentage_change(pair: TablePair, of: partial[Change], key: str, old: Measurement, new: Measurement) -> Change:
     """Of images that are answered rightly, or as the float original answers; in points."""
-    a, b = old.readings[key], new.readings.get(key)
-    found = of(PERCENT[key][0], "undecided", "is not measured any more", a, b, "%")
+    a, b = old.metrics[key], new.metrics.get(key)
+    change = of(percentages()[key][0], "undecided", "is not measured any more", a, b, "%")
     if b is None:
-        return found
+        return change
     if pair.same_images and pair.same_file(old, new) and a == b:
-        return replace(found, outcome="held", by=Interval(0.0, 0.0, 0.0), words="the same file on the same images")
-    rights = [known.get(m.contestant.name) for known, m in zip(pair.right, (old, new), strict=True)]
-    if key == "top1" and rights[0] is not None and rights[1] is not None:
-        by, basis = lost(rights[0], rights[1]), f"paired over {len(rights[0]):,} images"
+        return replace(
+            change, outcome="held", by=Interval(0.0, 0.0, 0.0), description="the same file on the same images"
+        )
+    rights = [known.get(m.model.name) for known, m in zip(pair.right, (old, new), strict=True)]
+    if key in primary_metrics() and rights[0] is not None and rights[1] is not None:
+        by, basis = accuracy_lost(rights[0], rights[1]), f"paired over {len(rights[0]):,} images"
     elif key in old.intervals and key in new.intervals:
         by, basis = change_module.minus(old.intervals[key], new.intervals[key]), "from the two intervals"
     else:
-        return replace(found, words="has no interval")
-    made = judged(found, by, pair.tolerance.points, SHARE)
-    return replace(made, words=f"{made.words}, {basis}")
+        return replace(change, description="has no interval")
+    judged = judge(change, by, pair.tolerance.points, SHARE)
+    return replace(judged, description=f"{judged.description}, {basis}")
 
 
-def sizes(pair: Pair, of: partial[Change], old: Measurement, new: Measurement) -> Iterator[Change]:
+def sizes(pair: TablePair, of: partial[Change], old: Measurement, new: Measurement) -> Iterator[Change]:
     """Of the file; and the memory of a start, where machines are the same."""
-    bytes_ = [size(m.contestant.file) for m in (old, new)]
+    bytes_ = [size(m.model.file) for m in (old, new)]
     if bytes_[0] and bytes_[1]:
         factor = bytes_[1] / bytes_[0]
-        by = change_module.grown(Interval(factor, factor, factor))
-        yield judged(of("file", "told", "", *map(float, filter(None, bytes_)), "B"), by, pair.tolerance.percent, SIZE)
+        by = change_module.to_percent(Interval(factor, factor, factor))
+        yield judge(
+            of("file", "not judged", "", *map(float, filter(None, bytes_)), "B"), by, pair.tolerance.percent, SIZE
+        )
     a, b = (m.intervals.get("memory_mb") for m in (old, new))
     if a is None or b is None:
         return
-    found = of("memory", "told", "not compared: not under the same conditions", a.mid, b.mid, "MB")
+    change = of("memory", "not judged", "not compared: not under the same conditions", a.estimate, b.estimate, "MB")
     if not pair.differing and min(a.low, b.low) > LITTLE_MB:
-        found = judged(found, change_module.grown(change_module.quotient(b, a)), pair.tolerance.percent, SIZE)
-    yield found
+        change = judge(change, change_module.to_percent(change_module.quotient(b, a)), pair.tolerance.percent, SIZE)
+    yield change

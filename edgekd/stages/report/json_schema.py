@@ -1,54 +1,55 @@
-"""The JSON Schema of report.json, made from the dataclasses that it is read into, and the comments behind their fields.
+"""The JSON Schema of report.json, made from the dataclasses that it is read into, and the docstrings of their fields.
 
-`python -m edgekd.stages.report.schema > docs/report.schema.json` writes the published one.
+`python -m edgekd.stages.report.json_schema > docs/report.schema.json` writes the published one.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
-import re
 from typing import Any
 
-from edgekd.core import artifact, bench_result, build_record, gate, mixed_precision
-from edgekd.stages.report import load
-
-MODULES = (artifact, gate, mixed_precision, build_record, bench_result, load)  # that the parts of a report are from
-SAID = re.compile(r"^    (\w+): [^#\n]*  # (.+)$", re.MULTILINE)
+from edgekd.core import build_record
+from edgekd.stages.report.load import ListedFile
 
 
 def schema() -> dict[str, Any]:
-    """Draft 2020-12. Further keys are allowed, for a later edgekd may add some; `schema` counts what breaks readers."""
-    from pydantic import TypeAdapter
+    """Return the schema, draft 2020-12.
+
+    Further keys are allowed, for a later edgekd may add some; the key `schema` counts what breaks readers.
+    """
+    from pydantic import ConfigDict, TypeAdapter
     from pydantic.json_schema import GenerateJsonSchema
 
-    whole, files = (TypeAdapter(kind).json_schema() for kind in (build_record.Record, list[load.Listed]))
-    parts = {name: described(name, part) for name, part in (whole.pop("$defs") | files.pop("$defs")).items()}
-    keys = described("Record", whole)["properties"]
+    config = ConfigDict(use_attribute_docstrings=True)  # of lists, since dataclasses have a configuration of their own
+    records, files = (TypeAdapter(kind, config=config) for kind in (list[build_record.BuildRecord], list[ListedFile]))
+    parts, listed = records.json_schema()["$defs"], files.json_schema()
+    parts = {name: without_titles(part) for name, part in (parts | listed.pop("$defs")).items()}
+    record = parts.pop("BuildRecord")
     return {
         "$schema": GenerateJsonSchema.schema_dialect,
         "title": "report.json of edgekd",
+        "description": record["description"],
         "type": "object",
-        "properties": {"schema": {"const": build_record.SCHEMA}, **keys, "files": files},
-        "required": ["schema", *whole["required"], "files"],
+        "properties": {
+            "schema": {"const": build_record.SCHEMA},
+            **record["properties"],
+            "files": without_titles({"properties": {"files": listed}})["properties"]["files"],
+        },
+        "required": ["schema", *record["required"], "files"],
         "$defs": parts,
     }
 
 
-def described(name: str, part: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a dataclass with its docstring, and what its source says of each field; titles are but names."""
-    kind = next(getattr(module, name) for module in MODULES if hasattr(module, name))
-    said = dict(SAID.findall(inspect.getsource(kind)))
-    keys = {}
-    for key, value in part["properties"].items():
-        value.pop("title", None)
-        keys[key] = value | ({"description": re.sub(r"\bNone\b", "null", said[key])} if key in said else {})
-    told = "" if kind.__doc__.startswith(f"{name}(") else inspect.cleandoc(kind.__doc__)  # dataclass writes its own
-    return part | {"properties": keys} | ({"description": told} if told else {})
+def without_titles(part: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a dataclass without the titles of its fields, which only repeat their names."""
+    fields = {
+        name: {key: v for key, v in field.items() if key != "title"} for name, field in part["properties"].items()
+    }
+    return part | {"properties": fields}
 
 
 def text() -> str:
-    """As it is published."""
+    """Return the schema as it is published."""
     return json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
 
 

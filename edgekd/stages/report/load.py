@@ -11,21 +11,20 @@ import numpy as np
 from typing_extensions import TypedDict
 
 from edgekd.core import serialization
-from edgekd.core.artifact import File, Remembered, Weights
+from edgekd.core.artifact import File, RecordedFile, Weights
 from edgekd.core.bench_result import BenchResult, Interval, Measurement
-from edgekd.core.build_record import SCHEMA, Record
-from edgekd.core.mixed_precision import Frontier
+from edgekd.core.build_record import SCHEMA, BuildRecord
+from edgekd.core.mixed_precision import ParetoFront
 from edgekd.errors import ConfigError, StaleArtifact
-from edgekd.stages.report.tables import PERCENT
+from edgekd.stages.report.tables import percentages
 from edgekd.utils.arrays import load_arrays
 
 AGAIN = "make the report again: this one was changed, or cut off"
 LONGEST_MS, LEAST, MOST = 1e9, 1e-9, 1e12  # eleven days; what no ratio or time is below, and no number beyond
-SHARES = (*PERCENT, "late_percent")  # readings between 0 and 100
 ROUNDED = 1e-9  # by how much an end of an interval may pass its middle
 
 
-class Listed(TypedDict):
+class ListedFile(TypedDict):
     """One of the files of a report.json."""
 
     name: str
@@ -46,49 +45,49 @@ class Route(TypedDict):
     won: NotRequired[bool]
 
 
-def read(path: Path) -> Record:
+def read(path: Path) -> BuildRecord:
     """The record that a report.json holds. Files keep their recorded hash and size; they need not exist any more.
 
     Raises ConfigError if it cannot be read, or holds what no build can have written.
     """
-    data = serialization.read(path, "name a report.json that edgekd wrote")
+    data = serialization.read_json(path, "name a report.json that edgekd wrote")
     schema = data.pop("schema", None) if isinstance(data, dict) else None
     if schema != SCHEMA:
-        hint = "make the report again with this edgekd, or read it with the one that wrote it"
+        hint = "build again, or read the report with the edgekd that wrote it"
         raise ConfigError(f"`{path}` has schema {str(schema)[:20]}; this edgekd reads {SCHEMA}", hint=hint)
     try:
-        files = serialization.load(list[Listed], data.pop("files", None), hint=AGAIN)
+        files = serialization.from_json(list[ListedFile], data.pop("files", None), hint=AGAIN)
         sizes = {file["sha256"]: file["bytes"] for file in files}
-        record = serialization.load(Record, data, path.parent, partial(remembered, sizes), AGAIN)
+        record = serialization.from_json(BuildRecord, data, path.parent, partial(recorded_file, sizes), AGAIN)
         for weights in (record.teacher, *record.students):
-            serialization.load(list[Route], (weights.notes or {}).get("routes", []), hint=AGAIN)
+            serialization.from_json(list[Route], (weights.notes or {}).get("routes", []), hint=AGAIN)
     except ConfigError as error:
         raise ConfigError(f"`{path}` is not as edgekd writes it: {error.what}", hint=error.hint) from None
-    found = list(impossible(record))
-    if found:
-        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
-        raise ConfigError(f"`{path}` holds what cannot be: {found[0]}{more}", hint=AGAIN)
+    errors = list(find_errors(record))
+    if errors:
+        more = f", and {len(errors) - 1} more" if len(errors) > 1 else ""
+        raise ConfigError(f"`{path}` holds what cannot be: {errors[0]}{more}", hint=AGAIN)
     return record
 
 
-def remembered(sizes: dict[str, int | None], path: Path, sha256: str) -> Remembered:
-    return Remembered(path, sha256, sizes.get(sha256))
+def recorded_file(sizes: dict[str, int | None], path: Path, sha256: str) -> RecordedFile:
+    return RecordedFile(path, sha256, sizes.get(sha256))
 
 
-def impossible(record: Record) -> Iterator[str]:
+def find_errors(record: BuildRecord) -> Iterator[str]:
     """What has the right type, and cannot be: a negative time, more than 100 %, a choice that is not there."""
     counts = {key: getattr(record.data, key) for key in ("train", "valid", "test", "student_train", "calibration")}
     yield from (f"data.{key} is {count}" for key, count in counts.items() if count < (key in ("train", "test")))
     yield from (f"the step {name} took {s:g} s" for name, s in record.step_seconds.items() if s < 0)
     for weights in (record.teacher, *record.students):
-        yield from untaught(weights)
+        yield from training_errors(weights)
     for bench in record.benches:
-        yield from (f"on {bench.title}, {what}" for what in unmeasured(bench))
-    for frontier in record.frontiers:
+        yield from (f"on {bench.title}, {what}" for what in bench_errors(bench))
+    for frontier in record.pareto_fronts:
         yield from (f"of the mixes for {frontier.network}, {what}" for what in unmixed(frontier))
 
 
-def untaught(weights: Weights) -> Iterator[str]:
+def training_errors(weights: Weights) -> Iterator[str]:
     for name, seconds in [("training", weights.seconds), *((phase.name, phase.seconds) for phase in weights.phases)]:
         if seconds < 0:
             yield f"{name} of {weights.name} took {seconds:g} s"
@@ -99,47 +98,47 @@ def untaught(weights: Weights) -> Iterator[str]:
             yield f"{weights.name} has an accuracy of {share:g}, which is from 0 to 1"
 
 
-def unmeasured(bench: BenchResult) -> Iterator[str]:
+def bench_errors(bench: BenchResult) -> Iterator[str]:
     for key in ("batch", "images"):
         count = bench.protocol.get(key, 1)
         if type(count) is not int or count < 1:
             yield f"`{key}` of the protocol is {str(count)[:20]}"
     if bench.seconds < 0:
         yield f"the comparison took {bench.seconds:g} s"
-    if bench.aa:
-        yield from misplaced("the A/A control", bench.aa, above_zero=True)
+    if bench.aa_ratio:
+        yield from interval_errors("the A/A control", bench.aa_ratio, above_zero=True)
     for m in bench.measurements:
-        for name, value in m.readings.items():
-            yield from unread(m, name, value)
+        for name, value in m.metrics.items():
+            yield from metric_errors(m, name, value)
         for name, interval in m.intervals.items():
-            yield from misplaced(f"`{name}` of {m.contestant.name}", interval, above_zero=timed(name))
+            yield from interval_errors(f"`{name}` of {m.model.name}", interval, above_zero=timed(name))
         if m.speedup:
-            yield from misplaced(f"the speed-up of {m.contestant.name}", m.speedup, above_zero=True)
+            yield from interval_errors(f"the speed-up of {m.model.name}", m.speedup, above_zero=True)
 
 
 def timed(name: str) -> bool:
     return name.endswith("_ms") or name == "images_per_s"
 
 
-def unread(of: Measurement, name: str, value: float) -> Iterator[str]:
+def metric_errors(of: Measurement, name: str, value: float) -> Iterator[str]:
     if timed(name) and not 0 < value < LONGEST_MS:
-        yield f"`{name}` of {of.contestant.name} is {value:g}, which is no time"
-    if name in SHARES and not 0 <= value <= 100:
-        yield f"`{name}` of {of.contestant.name} is {value:g} %"
+        yield f"`{name}` of {of.model.name} is {value:g}, which is no time"
+    if name in (*percentages(), "late_percent") and not 0 <= value <= 100:
+        yield f"`{name}` of {of.model.name} is {value:g} %"
 
 
-def misplaced(what: str, found: Interval, above_zero: bool) -> Iterator[str]:
-    spare = ROUNDED * abs(found.mid)
-    if not -MOST < found.low - spare <= found.mid <= found.high + spare < MOST:
-        yield f"the interval of {what} is from {found.low:g} to {found.high:g} around {found.mid:g}"
-    elif above_zero and found.low < LEAST:
-        yield f"the interval of {what} begins at {found.low:g}"
+def interval_errors(what: str, interval: Interval, above_zero: bool) -> Iterator[str]:
+    spare = ROUNDED * abs(interval.estimate)
+    if not -MOST < interval.low - spare <= interval.estimate <= interval.high + spare < MOST:
+        yield f"the interval of {what} is from {interval.low:g} to {interval.high:g} around {interval.estimate:g}"
+    elif above_zero and interval.low < LEAST:
+        yield f"the interval of {what} begins at {interval.low:g}"
 
 
-def unmixed(frontier: Frontier) -> Iterator[str]:
-    if not 0 <= frontier.chosen < len(frontier.mixes):
-        yield f"number {frontier.chosen} was chosen of {len(frontier.mixes)}"
-    if frontier.metric not in PERCENT:
+def unmixed(frontier: ParetoFront) -> Iterator[str]:
+    if not 0 <= frontier.selected < len(frontier.candidates):
+        yield f"number {frontier.selected} was chosen of {len(frontier.candidates)}"
+    if frontier.metric not in percentages():
         yield f"`{frontier.metric}` is no metric that judges"
 
 
@@ -152,7 +151,7 @@ def samples(file: File) -> dict[str, np.ndarray]:
     try:
         path = File.checked(file.path, file.sha256).path
     except StaleArtifact as error:
-        if not isinstance(file, Remembered):
+        if not isinstance(file, RecordedFile):
             raise
         hint = "bring it again from where the report was made, or remove it: the report does without"
         raise ConfigError(error.what, hint=hint) from None
@@ -162,10 +161,10 @@ def samples(file: File) -> dict[str, np.ndarray]:
         raise ConfigError(f"`{path}` holds other arrays than a benchmark writes", hint=AGAIN)
     if not ((ns > 0) & (ns < 1e6 * LONGEST_MS)).all():
         raise ConfigError(f"`{path}` holds times that are none", hint=AGAIN)
-    called = {str(name): ns[model == index] / 1e6 for index, name in enumerate(names)}
-    return {name: ms for name, ms in called.items() if ms.size}
+    by_model = {str(name): ns[model == index] / 1e6 for index, name in enumerate(names)}
+    return {name: ms for name, ms in by_model.items() if ms.size}
 
 
-def at(place: Path) -> Record:
+def at(place: Path) -> BuildRecord:
     """The record of a build: of its folder, or of its report.json."""
     return read(place / "report.json" if place.is_dir() else place)

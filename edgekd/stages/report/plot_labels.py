@@ -17,7 +17,7 @@ def offsets(
     """Where each dot's label begins, in points from it: the nearest place that covers nothing `taken` and no other."""
     frame, taken = axes.get_window_extent(), list(taken)
     rows = sorted((12.0 * k for k in range(-12, 13)), key=abs)
-    found = []
+    labels = []
     for (x, y), name in zip(dots, names, strict=True):
         wide = 5.6 * len(name)  # a letter of 9.5 points is about that wide
         middle = max(frame.x0 + 2, min(x - wide / 2, frame.x1 - wide))
@@ -31,8 +31,8 @@ def offsets(
         ]
         box = (free or boxes)[0]  # in a crowd that leaves no room, labels may cover each other
         taken.append(box)
-        found.append((box[0] - x, box[1] + 6 - y))
-    return found
+        labels.append((box[0] - x, box[1] + 6 - y))
+    return labels
 
 
 def overlap(a: Box, b: Box) -> bool:

@@ -17,7 +17,7 @@ from edgekd.core import formatting
 from edgekd.core.artifact import EpochRecord, Weights
 from edgekd.core.bench_result import Measurement
 from edgekd.stages.report import plot_labels
-from edgekd.utils.text import visible
+from edgekd.utils.text import escape_control_chars
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,13 +61,13 @@ def accuracy_against_latency(title: str, measurements: Sequence[Measurement], ke
 
     Dashed steps join those that no other beats in both. Many models have letters, told below.
     """
-    names = [short(m.contestant.name) for m in measurements]
+    names = [short(m.model.name) for m in measurements]
     coded = len(names) > CROWD or max(map(len, names)) > WIDE
     signs = [lettered(i) for i in range(len(names))] if coded else names
-    shown = sorted(zip(signs, measurements, strict=True), key=lambda one: -one[1].readings[key])
-    inks = [COLOURS[LOOK[m.contestant.role][0]] for m in measurements]
+    shown = sorted(zip(signs, measurements, strict=True), key=lambda one: -one[1].metrics[key])
+    inks = [COLOURS[LOOK[m.model.role][0]] for m in measurements]
     with canvas(title, 3.6, rows=len(names) if coded else 0) as (axes, drawn):
-        x, y = ([m.readings[reading] for _, m in shown] for reading in ("p50_ms", key))
+        x, y = ([m.metrics[reading] for _, m in shown] for reading in ("p50_ms", key))
         spare = max(0.15 * (max(y) - min(y)), 0.5)
         axes.set(xscale="log", xlabel="median latency, ms (log; left is better)", ylabel=f"{name}, % (up is better)")
         axes.set(xlim=(min(x) / 1.4, max(x) * 1.4), ylim=(min(y) - spare, max(y) + spare))
@@ -75,8 +75,8 @@ def accuracy_against_latency(title: str, measurements: Sequence[Measurement], ke
         edge = front(zip(x, y, strict=True))
         axes.plot(*zip(*edge, strict=True), c=COLOURS["c1"], lw=0.9, ls="--", ds="steps-post")
         for (_, m), x_ms, share in zip(shown, x, y, strict=True):
-            colour, marker = LOOK[m.contestant.role]
-            dot = {"marker": marker, "fillstyle": FILLS[m.contestant.precision][1], "color": COLOURS[colour]}
+            colour, marker = LOOK[m.model.role]
+            dot = {"marker": marker, "fillstyle": FILLS[m.model.precision][1], "color": COLOURS[colour]}
             axes.plot([x_ms], [share], ms=7, mew=1.6, ls="none", clip_on=False, **dot)  # type: ignore[arg-type]
         label_dots(axes, list(zip(x, y, strict=True)), [sign for sign, _ in shown], edge)
         if coded:
@@ -120,7 +120,7 @@ def legend(axes: Axes, rows: Sequence[tuple[str, str, str]]) -> None:
 
 def short(name: str) -> str:
     """A name that fits into a plot, with both ends; the tables have it in full."""
-    name = visible(name)
+    name = escape_control_chars(name)
     return name if len(name) <= LONG else f"{name[: LONG - 20]}…{name[-19:]}"
 
 
@@ -143,9 +143,9 @@ def latency_distributions(title: str, names: Sequence[str], ms: Sequence[np.ndar
         for row, (name, values) in enumerate(rows):
             median = float(np.percentile(values, 50, method="inverted_cdf"))  # nearest rank, as the tables have it
             control = " (A/A control)" if name.endswith(AGAIN) and name.removesuffix(AGAIN) in place else ""
-            told = f"{short(name)}{control}: {formatting.figures(median)} ms"
+            label = f"{short(name)}{control}: {formatting.figures(median)} ms"
             style: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "bottom", "parse_math": False}
-            axes.annotate(told, (0, row - 0.14), **style)
+            axes.annotate(label, (0, row - 0.14), **style)
             hill(axes, values, low, high, row + 0.3)
             axes.plot([median, median], [row - 0.08, row + 0.3], color=COLOURS["ink"], lw=1.2, solid_capstyle="butt")
     return drawn[0]
@@ -172,10 +172,10 @@ def training_curve(title: str, weights: Weights) -> str:
     from matplotlib.ticker import MaxNLocator
 
     curves = [[grouped(epoch) for epoch in phase.curve] for phase in weights.phases]
-    told = list(dict.fromkeys(group for curve in curves for sums in curve for group in sums if group))
+    groups = list(dict.fromkeys(group for curve in curves for sums in curve for group in sums if group))
     look = {"": ("", COLOURS["ink"])}  # group -> letter, colour
-    look |= {group: (lettered(at), COLOURS[f"c{1 + at % 5}"]) for at, group in enumerate(told)}
-    with canvas(title, 2.7, rows=len(told)) as (axes, drawn):
+    look |= {group: (lettered(at), COLOURS[f"c{1 + at % 5}"]) for at, group in enumerate(groups)}
+    with canvas(title, 2.7, rows=len(groups)) as (axes, drawn):
         logarithmic = all(loss > 0 for curve in curves for sums in curve for loss in sums.values())
         axes.set(xlabel="epoch", ylabel=f"training loss{' (log)' if logarithmic else ''}")
         start, dot = 0, 2.5 if sum(map(len, curves)) <= 60 else 0
@@ -195,7 +195,7 @@ def training_curve(title: str, weights: Weights) -> str:
         if logarithmic:
             axes.set_yscale("log")
             log_ticks(axes.yaxis)
-        legend(axes, [(*look[group], short(group)) for group in told])
+        legend(axes, [(*look[group], short(group)) for group in groups])
     return drawn[0]
 
 
@@ -275,7 +275,7 @@ def inline(svg: str, title: str) -> str:
         return tag
 
     svg = re.sub(r"<[^>]*>", clean, svg)  # tags only: text may look like anything
-    head = f'<svg role="img" aria-label="{html.escape(visible(title))}"'
+    head = f'<svg role="img" aria-label="{html.escape(escape_control_chars(title))}"'
     return re.sub(r'<svg width="[^"]*" height="[^"]*"', lambda _: head, svg, count=1)
 
 

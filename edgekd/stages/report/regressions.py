@@ -11,7 +11,7 @@ from typing import Any
 
 from edgekd.core import formatting, serialization
 from edgekd.core.bench_result import BenchResult
-from edgekd.core.build_record import Record
+from edgekd.core.build_record import BuildRecord
 from edgekd.core.gate import Decision
 from edgekd.stages.bench.gates import EXIT
 from edgekd.stages.report import build_diff
@@ -20,10 +20,10 @@ from edgekd.stages.report.correctness import right_answers, same_images
 from edgekd.stages.report.load import at
 from edgekd.stages.report.mixed_precision import aligned, piped
 
-SCHEMA = 1  # of regressions.json
+SCHEMA = 2  # of regressions.json
 WORST: tuple[Outcome, ...] = ("regression", "undecided", "held")
 RANK = {"passed": 0, "undecided": 1, "failed": 2}  # of a gate's outcome, the best first
-HEADS = ("outcome", "model", "measure", "before", "now", "change (95 %)")
+HEADS = ("outcome", "model", "metric", "before", "now", "change (95 %)")
 
 
 @dataclass(frozen=True)
@@ -46,37 +46,37 @@ class Regressions:
     @property
     def outcome(self) -> Outcome:
         """The worst of all; undecided, where nothing could be judged."""
-        found = {change.outcome for change in self.changes}
-        return next((outcome for outcome in WORST if outcome in found), "undecided")
+        outcomes = {change.outcome for change in self.changes}
+        return next((outcome for outcome in WORST if outcome in outcomes), "undecided")
 
 
-def compared(old: Path, new: Path, tolerance: Tolerance) -> Regressions:
+def compare_builds(old: Path, new: Path, tolerance: Tolerance) -> Regressions:
     """Two builds, each a folder or its report.json. Raises ConfigError where one of them cannot be read."""
     homes = [place if place.is_dir() else place.parent for place in (old, new)]
     before, after = at(old), at(new)
     alike = same_images(before, after)
-    remarks, changes = list(unlike(before, after, alike)), list(gates(before.gates, after.gates))
+    remarks, changes = list(build_differences(before, after, alike)), list(gates(before.gates, after.gates))
     measured = {bench.title: bench for bench in after.benches if bench.measurements}
     for bench in (bench for bench in before.benches if bench.measurements):
         other = measured.pop(bench.title, None)
         if other is None:
-            changes.append(gone(bench, before, after))
+            changes.append(missing_table(bench, before, after))
             continue
         right = (right_answers(homes[0], before, bench), right_answers(homes[1], after, other)) if alike else ({}, {})
-        both = build_diff.Pair(bench, other, tolerance, alike, right)
+        both = build_diff.TablePair(bench, other, tolerance, alike, right)
         remarks += [f"{bench.title}: {remark}" for remark in build_diff.remarks(both)]
-        changes += build_diff.table(both, ships(before, bench.target), ships(after, bench.target))
+        changes += build_diff.table(both, selected_model(before, bench.target), selected_model(after, bench.target))
     remarks += [f"{title}: was not measured before" for title in measured]
     builds = [Build(record.name, record.created, record.edgekd) for record in (before, after)]
     return Regressions(builds[0], builds[1], tolerance, tuple(changes), tuple(remarks))
 
 
-def exit_code(found: Regressions) -> int:
+def exit_code(result: Regressions) -> int:
     """3: a regression; 4: none is sure, and not all could be decided; 0: no regression."""
-    return {"regression": EXIT["failed"], "undecided": EXIT["undecided"]}.get(found.outcome, 0)
+    return {"regression": EXIT["failed"], "undecided": EXIT["undecided"]}.get(result.outcome, 0)
 
 
-def unlike(before: Record, after: Record, alike: bool) -> Iterator[str]:
+def build_differences(before: BuildRecord, after: BuildRecord, alike: bool) -> Iterator[str]:
     """What a reader must know of the builds."""
     if before.name != after.name:
         yield f"the builds are of different configurations: {before.name} before, {after.name} now"
@@ -84,36 +84,36 @@ def unlike(before: Record, after: Record, alike: bool) -> Iterator[str]:
         yield "the test images are not known to be the same, so accuracies are those of two samples"
 
 
-def ships(record: Record, target: str) -> str:
-    return next((b.ships for b in record.benches if b.target == target and not b.scenario), "")
+def selected_model(record: BuildRecord, target: str) -> str:
+    return next((b.selected for b in record.benches if b.target == target and not b.scenario), "")
 
 
-def gone(bench: BenchResult, before: Record, after: Record) -> Change:
+def missing_table(bench: BenchResult, before: BuildRecord, after: BuildRecord) -> Change:
     reason = next((b.not_measured for b in after.benches if b.title == bench.title), "")
-    said = f"is not measured any more{f': {reason}' if reason else ''}"
-    return Change(bench.title, ships(before, bench.target), "table", "undecided", said)
+    description = f"is not measured any more{f': {reason}' if reason else ''}"
+    return Change(bench.title, selected_model(before, bench.target), "table", "undecided", description)
 
 
 def gates(old: Sequence[Decision], new: Sequence[Decision]) -> Iterator[Change]:
     """Gates whose outcome changed. One with another limit is another gate."""
-    before = {(d.target, d.gate.words): d for d in old}
+    before = {(d.target, d.gate.description): d for d in old}
     for d in new:
-        was = before.pop((d.target, d.gate.words), None)
-        found = partial(Change, d.target, d.contestant, f"gate: {d.gate.words}")
+        was = before.pop((d.target, d.gate.description), None)
+        change_of = partial(Change, d.target, d.model, f"gate: {d.gate.description}")
         if was is None:
-            yield found("told", f"new: {d.outcome}; {d.reason}")
+            yield change_of("not judged", f"new: {d.outcome}; {d.reason}")
         elif was.outcome != d.outcome:
             outcome: Outcome = "held" if RANK[d.outcome] < RANK[was.outcome] else "undecided"
             if (was.outcome, d.outcome) == ("passed", "failed"):
                 outcome = "regression"
-            yield found(outcome, f"was {was.outcome}, now {d.outcome}; {d.reason}")
+            yield change_of(outcome, f"was {was.outcome}, now {d.outcome}; {d.reason}")
     for d in before.values():
-        yield Change(d.target, d.contestant, f"gate: {d.gate.words}", "told", f"is gone, was {d.outcome}")
+        yield Change(d.target, d.model, f"gate: {d.gate.description}", "not judged", f"is gone, was {d.outcome}")
 
 
-def headline(found: Regressions) -> str:
+def headline(result: Regressions) -> str:
     """1 regression, 2 undecided, 9 held."""
-    counts = {outcome: sum(change.outcome == outcome for change in found.changes) for outcome in WORST}
+    counts = {outcome: sum(change.outcome == outcome for change in result.changes) for outcome in WORST}
     if not any(counts.values()):
         return "nothing could be compared"
     many = counts["regression"] or "no"
@@ -132,63 +132,72 @@ def shown(value: float | None, unit: str) -> str:
 
 def cells(change: Change) -> tuple[str, ...]:
     """Of a row below HEADS."""
-    outcome = "–" if change.outcome == "told" else change.outcome
+    outcome = "–" if change.outcome == "not judged" else change.outcome
     numbers = (shown(change.old, change.unit), shown(change.new, change.unit))
-    told = [" ".join(part.split()) for part in (change.model or "–", change.measure, change.words)]
-    return (outcome, *told[:2], *numbers, told[2])
+    texts = [" ".join(part.split()) for part in (change.model or "–", change.metric, change.description)]
+    return (outcome, *texts[:2], *numbers, texts[2])
 
 
-def basis(found: Regressions) -> str:
+def basis(result: Regressions) -> str:
     """What is a regression, in words."""
-    percent, points = found.tolerance.percent, found.tolerance.points
+    percent, points = result.tolerance.percent, result.tolerance.points
     limits = f"{percent:g} % (of time, memory or bytes) or {points:g} point{'' if points == 1 else 's'}"
     return (
         f"Regression: the whole 95 % interval lies beyond {limits}. Held: it lies within. Undecided: part of it "
-        "does, or too little is known. Only what ships on its target is judged."
+        "does, or too little is known. Only the selected model of each target is judged."
     )
 
 
-def sides(found: Regressions) -> str:
-    told = [f"{side.name} of {formatting.when(side.created)}, edgekd {side.edgekd}" for side in (found.old, found.new)]
-    return f"before: {told[0]}; now: {told[1]}"
+def sides(result: Regressions) -> str:
+    labels = [
+        f"{side.name} of {formatting.when(side.created)}, edgekd {side.edgekd}" for side in (result.old, result.new)
+    ]
+    return f"before: {labels[0]}; now: {labels[1]}"
 
 
-def text(found: Regressions) -> str:
+def text(result: Regressions) -> str:
     """For a terminal."""
-    parts = [headline(found), sides(found)]
-    for title in dict.fromkeys(change.table for change in found.changes):
-        rows = [cells(change) for change in found.changes if change.table == title]
+    parts = [headline(result), sides(result)]
+    for title in dict.fromkeys(change.table for change in result.changes):
+        rows = [cells(change) for change in result.changes if change.table == title]
         parts.append(f"{title}:\n{aligned(HEADS, rows)}")
-    parts += ["\n".join(f"note: {remark}" for remark in found.remarks)] if found.remarks else []
-    return "\n\n".join([*parts, basis(found)])
+    parts += ["\n".join(f"note: {remark}" for remark in result.remarks)] if result.remarks else []
+    return "\n\n".join([*parts, basis(result)])
 
 
-def markdown(found: Regressions) -> str:
+def markdown(result: Regressions) -> str:
     """For a comment on a pull request, or a job's summary."""
-    parts = [f"## {formatting.markdown(found.new.name)}: {headline(found)}", formatting.markdown(sides(found))]
-    worst = [change for outcome in WORST[:2] for change in found.changes if change.outcome == outcome]
-    lines = [f"- **{c.outcome}** {formatting.markdown(f'{c.table}, {c.model}, {c.measure}: {c.words}')}" for c in worst]
+    parts = [f"## {formatting.markdown(result.new.name)}: {headline(result)}", formatting.markdown(sides(result))]
+    worst = [change for outcome in WORST[:2] for change in result.changes if change.outcome == outcome]
+    lines = [
+        f"- **{c.outcome}** {formatting.markdown(f'{c.table}, {c.model}, {c.metric}: {c.description}')}" for c in worst
+    ]
     parts += ["\n".join(lines)] if lines else []
-    for title in dict.fromkeys(change.table for change in found.changes if change.outcome != "told"):
-        rows = [cells(change) for change in found.changes if change.table == title and change.outcome != "told"]
+    for title in dict.fromkeys(change.table for change in result.changes if change.outcome != "not judged"):
+        rows = [cells(change) for change in result.changes if change.table == title and change.outcome != "not judged"]
         parts += [f"### {formatting.markdown(title)}", piped(HEADS, rows)]
-    others = [(change.table, *cells(change)[1:]) for change in found.changes if change.outcome == "told"]
+    others = [(change.table, *cells(change)[1:]) for change in result.changes if change.outcome == "not judged"]
     if others:
         parts += ["<details><summary>Not judged</summary>", piped(("table", *HEADS[1:]), others), "</details>"]
-    parts += ["\n".join(f"- {formatting.markdown(remark)}" for remark in found.remarks)] if found.remarks else []
-    return "\n\n".join([*parts, basis(found)]) + "\n"
+    parts += ["\n".join(f"- {formatting.markdown(remark)}" for remark in result.remarks)] if result.remarks else []
+    return "\n\n".join([*parts, basis(result)]) + "\n"
 
 
-def summary(found: Regressions) -> dict[str, Any]:
+def summary(result: Regressions) -> dict[str, Any]:
     """What a machine wants to know."""
-    return {"schema": SCHEMA, "outcome": found.outcome, "exit_code": exit_code(found), **serialization.dump(found)}
+    return {
+        "schema": SCHEMA,
+        "outcome": result.outcome,
+        "exit_code": exit_code(result),
+        **serialization.to_json(result),
+    }
 
 
-def publish(found: Regressions, out: Path) -> Path:
+def publish(result: Regressions, out: Path) -> Path:
     """Write regressions.md and regressions.json into `out`, each whole or not at all; gives back the first's path."""
     out.mkdir(parents=True, exist_ok=True)
-    told = json.dumps(summary(found), indent=2, ensure_ascii=False) + "\n"
-    for name, content in {"regressions.json": told, "regressions.md": markdown(found)}.items():
+    data = json.dumps(summary(result), indent=2, ensure_ascii=False) + "\n"
+    for name, content in {"regressions.json": data, "regressions.md": markdown(result)}.items():
         partial_path = out / f"{name}.partial"
         partial_path.write_text(content, encoding="utf-8")
         partial_path.replace(out / name)

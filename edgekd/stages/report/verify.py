@@ -13,20 +13,20 @@ from edgekd.core import serialization
 from edgekd.core.artifact import File
 from edgekd.errors import ConfigError, EdgekdError
 from edgekd.onnx import inspect, writer
-from edgekd.stages.report.provenance import BUNDLES, NAME, SHIPS, STAMP, content, digest, props, read
-from edgekd.utils.paths import leads_out
+from edgekd.stages.report.provenance import ARTIFACTS, BUNDLES, NAME, STAMP, build_hash, content, props, read
+from edgekd.utils.paths import escapes_folder
 
 
 @dataclass(frozen=True)
-class Listed:
+class BundleFile:
     sha256: str
 
 
 @dataclass(frozen=True)
-class OfBundle:
+class BundleFiles:
     """The manifest of a bundle, as far as its files go."""
 
-    files: dict[str, Listed]
+    files: dict[str, BundleFile]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Checked:
+class Verification:
     """What `verify` found."""
 
     folder: Path
@@ -48,40 +48,40 @@ class Checked:
     findings: tuple[Finding, ...]
 
 
-def verify(folder: Path) -> Checked:
+def verify(folder: Path) -> Verification:
     """Every file of the build in `folder` against its manifest. Raises ConfigError if there is no manifest."""
-    found = read(folder)
+    manifest = read(folder)
     findings = []
-    sound = digest(found["provenance"]) == found["sha256"]
+    sound = build_hash(manifest["provenance"]) == manifest["sha256"]
     if not sound:
         findings.append(Finding(NAME, "what it says of the build is not what its hash was taken of"))
-    waiting = {**found["files"], **found["steps"]}
+    waiting = {**manifest["files"], **manifest["steps"]}
     absent = sorted({part for part in map(part_of, waiting) if part and not (folder / part).is_dir()})
     waiting = {name: sha256 for name, sha256 in waiting.items() if part_of(name) not in absent}
     looked: dict[str, str] = {}
-    folders = [SHIPS]
+    folders = [ARTIFACTS]
     while waiting:
         looked |= waiting
-        wrong = [f for name, sha256 in waiting.items() for f in compared(folder, name, sha256)]
+        wrong = [f for name, sha256 in waiting.items() for f in compare_hash(folder, name, sha256)]
         findings += wrong
         inside: dict[str, str] = {}
         for name in sorted(waiting.keys() - {f.file for f in wrong}):
             try:
-                inside |= listed(folder, name)
+                inside |= listed_files(folder, name)
             except ConfigError as error:
                 findings.append(Finding(name, f"is no list of files: {error.what}"))
             else:
                 folders += [Path(name).parent.as_posix()] * Path(name).match(BUNDLES)
         waiting = {name: sha256 for name, sha256 in inside.items() if name not in looked}
     findings += [
-        Finding(name, "was not made by this build") for name in strangers(folder, folders) if name not in looked
+        Finding(name, "was not made by this build") for name in unlisted_files(folder, folders) if name not in looked
     ]
     if sound:
-        findings += stamps(folder, found, {f.file for f in findings})
-    return Checked(folder, found["sha256"], len(looked), tuple(absent), tuple(findings))
+        findings += check_artifacts(folder, manifest, {f.file for f in findings})
+    return Verification(folder, manifest["sha256"], len(looked), tuple(absent), tuple(findings))
 
 
-def strangers(folder: Path, parts: list[str]) -> Iterator[str]:
+def unlisted_files(folder: Path, parts: list[str]) -> Iterator[str]:
     """The files below some folders of a build; what came back from a device is not of the build."""
     for part in parts:
         for path in sorted((folder / part).rglob("*")):
@@ -96,9 +96,9 @@ def part_of(name: str) -> str:
     return first if first == "steps" or first.startswith("bundle-") else ""
 
 
-def compared(folder: Path, name: str, sha256: str) -> list[Finding]:
+def compare_hash(folder: Path, name: str, sha256: str) -> list[Finding]:
     path = folder / name
-    if leads_out(folder, name):
+    if escapes_folder(folder, name):
         return [Finding(name, "lies outside of the build")]
     try:
         now = File.of(path).sha256 if path.is_file() else ""
@@ -109,7 +109,7 @@ def compared(folder: Path, name: str, sha256: str) -> list[Finding]:
     return [] if now == sha256 else [Finding(name, f"changed: sha256 {sha256[:12]} then, {now[:12]} now")]
 
 
-def listed(folder: Path, name: str) -> dict[str, str]:
+def listed_files(folder: Path, name: str) -> dict[str, str]:
     """The files that an unchanged entry of a step, or manifest of a bundle, lists: path below `folder` -> sha256.
 
     Raises ConfigError if it is neither.
@@ -118,12 +118,12 @@ def listed(folder: Path, name: str) -> dict[str, str]:
     if place.name == "step.json":
         entry = content(folder / name)
         try:
-            found = dict(outputs(entry["output"]))
+            hashes = dict(outputs(entry["output"]))
         except (KeyError, TypeError, RecursionError):
             raise ConfigError("it is no entry of a step") from None
-        return {str(place.parent / file): sha256 for file, sha256 in found.items()}
+        return {str(place.parent / file): sha256 for file, sha256 in hashes.items()}
     if place.match(BUNDLES):
-        files = serialization.load(OfBundle, content(folder / name)).files
+        files = serialization.from_json(BundleFiles, content(folder / name)).files
         return {str(place.parent / file): facts.sha256 for file, facts in files.items()}
     return {}
 
@@ -140,11 +140,11 @@ def outputs(value: Any) -> Iterator[tuple[str, str]]:
             yield from outputs(item)
 
 
-def stamps(folder: Path, found: Mapping[str, Any], known: set[str]) -> Iterator[Finding]:
-    """What ships must carry the hash of this manifest, and be the measured file otherwise."""
-    for target, told in found["provenance"]["measured"].items():
-        for name in sorted(found["files"].keys() - known):
-            if not (name.startswith(f"{SHIPS}/{target}/") and name.endswith(".onnx")):
+def check_artifacts(folder: Path, manifest: Mapping[str, Any], reported: set[str]) -> Iterator[Finding]:
+    """Yield the selected files without the hash of this manifest, or that are not the measured file otherwise."""
+    for target, facts in manifest["provenance"]["measured"].items():
+        for name in sorted(manifest["files"].keys() - reported):
+            if not (name.startswith(f"{ARTIFACTS}/{target}/") and name.endswith(".onnx")):
                 continue
             try:
                 model = inspect.load(folder / name)
@@ -152,16 +152,16 @@ def stamps(folder: Path, found: Mapping[str, Any], known: set[str]) -> Iterator[
                 yield Finding(name, error.what)
                 continue
             kept = props(model)
-            if kept.pop(STAMP, "") != found["sha256"]:
+            if kept.pop(STAMP, "") != manifest["sha256"]:
                 yield Finding(name, "is stamped with another manifest")
-            elif hashlib.sha256(writer.content(model, kept)).hexdigest() != told["files"].get(told["ships"]):
+            elif hashlib.sha256(writer.to_bytes(model, kept)).hexdigest() != facts["files"].get(facts["selected"]):
                 yield Finding(name, "is not the file that was measured")
 
 
-def described(checked: Checked) -> str:
+def format_verification(result: Verification) -> str:
     """For people."""
-    lines = [f"{f.file}: {f.what}" for f in checked.findings]
-    if checked.absent:
-        lines.append(f"not here, so not looked at: {', '.join(checked.absent)}")
-    verdict = f"{len(checked.findings)} are not as they were" if checked.findings else "all as they were"
-    return "\n".join([*lines, f"{checked.files} files of the build {checked.manifest[:12]}: {verdict}"])
+    lines = [f"{f.file}: {f.what}" for f in result.findings]
+    if result.absent:
+        lines.append(f"not here, so not looked at: {', '.join(result.absent)}")
+    verdict = f"{len(result.findings)} are not as they were" if result.findings else "all as they were"
+    return "\n".join([*lines, f"{result.files} files of the build {result.manifest[:12]}: {verdict}"])
