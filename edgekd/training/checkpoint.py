@@ -57,7 +57,7 @@ def load(network: nn.Module, path: Path, allow_pickle: bool = False) -> None:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Return whether a tensor is dense, real and has data."""
+    """Return whether a tensor is strided, real and has data."""
     special = tensor.is_quantized or tensor.is_meta or tensor.is_nested or tensor.is_complex()
     return tensor.layout == torch.strided and not special
 
