@@ -44,11 +44,12 @@ COPY tests tests
 COPY benchmarks benchmarks
 COPY calib_data calib_data
 COPY docs docs
+COPY examples examples
 COPY deploy deploy
 COPY CHANGELOG.md CONTRIBUTING.md DECISIONS.md SECURITY.md Makefile Dockerfile mkdocs.yml ./
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python -m pip --python /opt/edgekd/bin/python install $PIP_FLAGS -c constraints.txt -e '.[test]'
-RUN /opt/edgekd/bin/ruff check edgekd tests deploy benchmarks && /opt/edgekd/bin/mypy && /opt/edgekd/bin/lint-imports \
+RUN /opt/edgekd/bin/ruff check edgekd tests deploy benchmarks docs examples && /opt/edgekd/bin/mypy && /opt/edgekd/bin/lint-imports \
  && /opt/edgekd/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 FROM ${BOARD} AS runner

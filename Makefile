@@ -11,8 +11,8 @@ demo: $(VENV)/installed
 	$(BIN)/edgekd build --target cpu
 
 test: $(VENV)/tested
-	$(BIN)/ruff check edgekd tests deploy benchmarks
-	$(BIN)/ruff format --check edgekd tests deploy benchmarks
+	$(BIN)/ruff check edgekd tests deploy benchmarks docs examples
+	$(BIN)/ruff format --check edgekd tests deploy benchmarks docs examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
